@@ -1,0 +1,319 @@
+"""What a user writes: one YAML, checked here before anything starts.
+
+Import this without torch, vLLM or Ray: `rporec train` must refuse a bad config in a second, and a
+test keeps it so. Every key has its unit in its comment; unknown keys are errors that name the
+nearest right one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A config that cannot run; the message is one line that names the key and the way out."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SyntheticConfig(Section):
+    """The embedded world, see `rporec.data.synthetic`."""
+
+    users: int = Field(1500, ge=2)
+    series: int = Field(120, ge=4)
+    volumes: int = Field(6, ge=2)
+    genres: int = Field(12, ge=2)
+    studios: int = Field(30, ge=1)
+    length: int = Field(14, ge=3)  # mean interactions of a user
+
+
+class DataConfig(Section):
+    path: str | None = None  # built data set, or folder with interactions.* and items.*; None: synthetic
+    split: str = "time:8:1:1"  # time[:a:b:c] | leave-one-out | column:NAME
+    window: int = Field(20, ge=1)  # history items that the prompt may hold
+    k_core: int = Field(0, ge=0)
+    headline: Literal["exclude_history", "all"] = "exclude_history"
+    synthetic: SyntheticConfig = SyntheticConfig()
+
+
+class TinyConfig(Section):
+    """Shape of `backbone: tiny`, a Qwen3 made on the spot."""
+
+    hidden: int = Field(128, ge=32)
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    kv_heads: int = Field(2, ge=1)
+    intermediate: int = Field(384, ge=32)
+    vocabulary: int = Field(4096, ge=300)
+    context: int = Field(512, ge=64)  # tokens
+
+
+class LoraConfig(Section):
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    target_modules: str | list[str] = "all-linear"
+
+
+class TextConfig(Section):
+    """How an item and a history are written for the LLM."""
+
+    columns: list[str] | None = None  # catalogue columns in a prompt; None: title and short ones
+    max_words: int = Field(8, ge=1)  # of one attribute
+    prompt_items: int | None = Field(None, ge=1)  # newest items written out; None: the whole window
+    attribute: str | None = None  # the attribute that rationales count; None: chosen by cardinality
+
+
+class TeacherConfig(Section):
+    kind: Literal["template", "backbone", "openai"] | None = None  # None: template for tiny, else backbone
+    decision: bool = False  # template: state "again" or "new" and the attribute before the answer
+    base_url: str | None = None  # openai: an OpenAI-compatible endpoint
+    model: str | None = None
+    api_key_env: str = "OPENAI_API_KEY"  # name of the variable that holds the key, never the key
+
+
+class WarmupConfig(Section):
+    steps: int | None = Field(None, ge=0)  # None: `epochs` over the warm-up slice; 0: no warm-up
+    epochs: float = Field(4.0, gt=0)
+    lr: float = Field(2e-3, gt=0)
+    batch_size: int = Field(64, ge=1)  # sequences of one optimiser step
+    micro_batch_size: int = Field(32, ge=1)
+
+
+class SamplingConfig(Section):
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(0.95, gt=0, le=1)  # of the head slice; RL always samples the full distribution
+    max_tokens: int = Field(64, ge=1)
+
+
+class EngineConfig(Section):
+    kind: Literal["vllm", "transformers"] = "vllm"  # transformers: the exact reference, for tests
+    dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: float32 on CPU, bfloat16 on CUDA
+    max_num_seqs: int = Field(64, ge=1)
+    kv_cache_mb: int = Field(256, ge=16)  # CPU only
+    args: dict[str, Any] = {}  # passed to vllm.LLM as they are
+
+
+class HeadConfig(Section):
+    """RecHead, see `rporec.models.rechead`."""
+
+    fusion: Literal["paper", "residual"] = "residual"
+    history: Literal["text", "sequence"] = "sequence"
+    experts: bool | None = None  # None: on for residual, off for paper
+    dim: int = Field(64, ge=8)
+    layers: int = Field(2, ge=1)  # of the fusion transformer (paper) and of the sequence encoder
+    heads: int = Field(4, ge=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    softmax: Literal["sampled", "full"] = "full"
+    negatives: int = Field(49, ge=1)  # sampled softmax only
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    batch_size: int = Field(128, ge=1)
+    epochs: int = Field(20, ge=1)
+    patience: int = Field(3, ge=1)  # epochs without a better validation NDCG
+    workers: int = Field(1, ge=1)
+    refit: Literal["none", "train+valid"] = "none"
+    seed: int | None = None  # None: the run's
+
+
+class RewardConfig(Section):
+    """Weights of the six terms of `method.md`; conciseness and faithfulness are off for tiny."""
+
+    format: float = 0.1
+    outside: float = 0.1
+    ndcg: float = 0.5
+    conciseness: float = 0.1
+    faithfulness: float = 0.1
+    entropy: float = 0.1
+    candidates: Literal["catalogue", "sampled"] = "catalogue"
+    negatives: int = Field(49, ge=1)  # candidates: sampled only
+    mask_history: bool = False  # rank without the mask: with it the policy learns to name seen items
+    embedder: str | None = None  # frozen text encoder for faithfulness: folder or hub id
+    custom: str | None = None  # own reward, "module:function", added to the sum
+    timeout: float = Field(120.0, gt=0)  # seconds for one batch
+
+
+class RLConfig(Section):
+    lr: float = Field(2e-4, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    kl: float = Field(0.05, ge=0)
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = "grpo"
+    clip_low: float = Field(0.2, ge=0)
+    clip_high: float = Field(0.2, ge=0)
+    correction: Literal["none", "tis", "icepop"] = "tis"
+    tis_cap: float = Field(2.0, gt=0)
+    icepop: tuple[float, float] = (0.5, 5.0)
+    sequence_mask: tuple[float, float] | None = (0.5, 2.0)
+    top_entropy: float = Field(0.2, gt=0, le=1)  # share of completion tokens that carry the policy gradient
+    grad_clip: float = Field(1.0, gt=0)
+    epochs: float = Field(100.0, gt=0)  # passes over the RL slice at most
+    temperature: float = Field(1.0, gt=0)
+    max_tokens: int | None = Field(None, ge=1)  # None: sampling.max_tokens
+    dynamic_sampling: bool = False  # drop groups of equal reward and lease others
+    micro_batch_groups: int = Field(8, ge=1)
+    validate_every: int = Field(5, ge=1)  # versions
+    validate_samples: int = Field(256, ge=1)
+    lease_groups: int = Field(4, ge=1)  # groups in one request to a rollout worker
+    max_tries: int = Field(3, ge=1)  # of one group before it is dropped
+
+
+class DeepSpeedConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    bf16: bool | None = None  # None: on CUDA
+    args: dict[str, Any] = {}  # merged into the DeepSpeed config
+
+
+class Slices(Section):
+    """Shares of train, oldest first; without warm-up its share goes to the head."""
+
+    warmup: float = Field(0.4, ge=0)
+    head: float = Field(0.4, gt=0)
+    rl: float = Field(0.2, ge=0)
+
+
+class Config(Section):
+    name: str = "run"
+    seed: int = Field(0, ge=0)
+    backbone: str = "tiny"
+    recipe: Literal["rporec"] = "rporec"
+    data: DataConfig = DataConfig()
+    tiny: TinyConfig = TinyConfig()
+    lora: LoraConfig | None = None
+    text: TextConfig = TextConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    slices: Slices = Slices()
+    warmup: WarmupConfig = WarmupConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    engine: EngineConfig = EngineConfig()
+    head: HeadConfig = HeadConfig()
+    reward: RewardConfig = RewardConfig()
+    rl: RLConfig = RLConfig()
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+
+    max_staleness: int = Field(1, ge=0)  # versions
+    groups_per_step: int = Field(64, ge=1)
+    group_size: int = Field(4, ge=2)
+    steps: int = Field(30, ge=0)
+    rollout_workers: int = Field(1, ge=1)
+    reward_workers: int = Field(1, ge=1)
+    learners: int = Field(1, ge=1)
+    checkpoint_every: int = Field(10, ge=1)  # learner steps
+    max_warmup_samples: int | None = Field(None, ge=0)
+    max_head_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)  # of validation and of test, newest first; None: all
+    eval_samples: int = Field(4, ge=0)  # completions a test user for the `_sampled` rows; 0: no such rows
+
+    @property
+    def tiny_backbone(self) -> bool:
+        return self.backbone == "tiny"
+
+    @property
+    def teacher_kind(self) -> str:
+        return self.teacher.kind or ("template" if self.tiny_backbone else "backbone")
+
+    @property
+    def head_experts(self) -> bool:
+        return self.head.experts if self.head.experts is not None else self.head.fusion == "residual"
+
+    @property
+    def rl_max_tokens(self) -> int:
+        return self.rl.max_tokens or self.sampling.max_tokens
+
+    @model_validator(mode="after")
+    def _contradictions(self) -> Config:
+        if self.max_staleness > 0 and self.rl.correction == "none":
+            raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
+        if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":
+            raise ValueError(f"rl.correction: icepop masks tokens, rl.loss: {self.rl.loss} weighs sequences; use tis")
+        if not re.fullmatch(r"time(:\d+:\d+:\d+)?|leave-one-out|column:.+", self.data.split):
+            raise ValueError(f"data.split: {self.data.split!r} is none of time[:8:1:1], leave-one-out, column:NAME")
+        if self.groups_per_step % self.learners:
+            raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
+        if self.teacher.kind == "openai" and not (self.teacher.base_url and self.teacher.model):
+            raise ValueError("teacher.kind: openai needs teacher.base_url and teacher.model")
+        if not self.tiny_backbone and self.reward.faithfulness and self.reward.embedder is None:
+            raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")
+        if self.slices.warmup + self.slices.head + self.slices.rl > 1 + 1e-9:
+            raise ValueError("slices: warmup + head + rl is more than 1")
+        if self.tiny.hidden % self.tiny.heads or self.tiny.heads % self.tiny.kv_heads:
+            raise ValueError("tiny: hidden must divide by heads, and heads by kv_heads")
+        if self.head.dim % self.head.heads:
+            raise ValueError("head: dim must divide by heads")
+        return self
+
+
+def load_config(path: Path | str | None, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
+    """Read a YAML file and apply `a.b=value` overrides (values are YAML).
+
+    Raises ConfigError with one line: the key, what is wrong, and the nearest key that exists.
+    """
+    raw: dict[str, Any] = {}
+    if path is not None:
+        path = Path(path)
+        try:
+            raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except FileNotFoundError:
+            raise ConfigError(f"{path}: no such config file") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(raw).__name__}")
+        raw.setdefault("name", path.stem)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r}: an override is key=value, with dots for sections (rl.lr=1e-4)")
+        _assign(raw, key.split("."), yaml.safe_load(value))
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Check a plain mapping; raises ConfigError with one line."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    for part in path[:-1]:
+        child = tree.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{'.'.join(path)}: {part} is a value, not a section")
+        tree = child
+    tree[path[-1]] = value
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    location = [str(part) for part in first["loc"]]
+    key = ".".join(location)
+    if first["type"] == "extra_forbidden":
+        known = _keys_at(location[:-1])
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
+        return f"{key}: unknown config key; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key}: {message} (got {first['input']!r})"
+
+
+def _keys_at(path: list[str]) -> list[str]:
+    model: Any = Config
+    for part in path:
+        field = model.model_fields.get(part)
+        annotation = field.annotation if field else None
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        model = next((o for o in options if isinstance(o, type) and issubclass(o, BaseModel)), None)
+        if model is None:
+            return []
+    return list(model.model_fields)
