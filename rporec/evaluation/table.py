@@ -1,0 +1,288 @@
+"""The ranks of every method on every test sample, and the table that follows from them.
+
+`ranks.parquet` is the record, `metrics.json` a summary: anyone can recompute the second from the
+first. A method that draws several completions for a sample has several rows for it; the metric of a
+sample is the mean over its rows, the metric of a method the mean over samples, and the bootstrap
+draws users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean
+from rporec.evaluation.ranking import hit, ndcg, ranks
+from rporec.files import replacing, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rporec.data import Dataset
+
+Convention = Literal["exclude_history", "all"]
+CONVENTIONS: tuple[Convention, ...] = ("exclude_history", "all")
+CUTS = (1, 3, 5, 10, 20, 50)
+METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTS)
+
+SCHEMA = pa.schema(
+    [
+        pa.field("method", pa.string(), nullable=False),
+        pa.field("convention", pa.string(), nullable=False),
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("sample", pa.int64(), nullable=False),
+        pa.field("target", pa.string(), nullable=False),  # item id
+        pa.field("rank", pa.float64(), nullable=False),
+    ]
+)
+
+METHOD_ORDER = (
+    "popularity",
+    "recent_popularity",
+    "itemknn",
+    "ease",
+    "rules",
+    "text_knn",
+    "text_rules",
+    "gru4rec",
+    "sasrec",
+    "rechead_history",
+    "rporec_stage1",
+    "rporec_stage1_sampled",
+    "rporec_stage1_vote8",
+    "rporec_stage1_moresft",
+    "rporec_stage1_blank",
+    "rporec_stage1_shuffled",
+    "rporec_stage1_refreshed",
+    "rporec_stage2",
+    "rporec_stage2_sampled",
+    "rporec_stage2_vote8",
+    "rporec_stage2_blank",
+    "rporec_stage2_shuffled",
+    "rporec_stage2_refreshed",
+    "rere_sft",
+    "rere",
+    "teacher",
+    "oracle",
+)
+
+DEFAULT_PAIRS = (
+    ("rporec_stage2", "rporec_stage1"),
+    ("rporec_stage2_sampled", "rporec_stage1_sampled"),
+    ("rporec_stage2", "rporec_stage1_moresft"),
+    ("rporec_stage2", "rporec_stage2_blank"),
+    ("rporec_stage2", "rporec_stage2_shuffled"),
+    ("rporec_stage1", "rechead_history"),
+    ("rporec_stage1", "rporec_stage1_blank"),
+    ("rporec_stage1", "rporec_stage1_shuffled"),
+    ("rporec_stage2", "rechead_history"),
+    ("rporec_stage2_refreshed", "rporec_stage1_refreshed"),
+    ("rporec_stage2_vote8", "rporec_stage1_vote8"),
+    ("rere", "rere_sft"),
+    ("rere", "rporec_stage2"),
+    ("rporec_stage2", "sasrec"),
+    ("rechead_history", "sasrec"),
+    ("rporec_stage2", "popularity"),
+    ("rechead_history", "popularity"),
+)
+
+
+class RankTable:
+    """Ranks by (method, convention, sample), kept as Arrow; the only thing that metrics are made from."""
+
+    def __init__(self, table: pa.Table | None = None) -> None:
+        self._parts = [SCHEMA.empty_table() if table is None else table.select(SCHEMA.names).cast(SCHEMA)]
+
+    @property
+    def table(self) -> pa.Table:
+        if len(self._parts) > 1:
+            self._parts = [pa.concat_tables(self._parts)]
+        return self._parts[0]
+
+    @property
+    def methods(self) -> list[str]:
+        """Names present, in the order of the table: known methods first, then the rest as they came."""
+        present = pc.unique(self.table["method"]).to_pylist()
+        return [m for m in METHOD_ORDER if m in present] + [m for m in present if m not in METHOD_ORDER]
+
+    def add(
+        self, dataset: Dataset, method: str, convention: Convention, samples: np.ndarray, ranks: np.ndarray
+    ) -> None:
+        """Append one rank for each sample, both [B]; adding a sample again adds a completion to its mean.
+
+        Raises ValueError when a rank is not a finite number of at least 1.
+        """
+        samples, ranks = np.asarray(samples, dtype=np.int64), np.asarray(ranks, dtype=np.float64)
+        if samples.shape != ranks.shape:
+            raise ValueError(f"{method}: {samples.shape} samples and {ranks.shape} ranks")
+        if not (np.isfinite(ranks) & (ranks >= 1)).all():
+            raise ValueError(f"{method}: a rank is a finite number of at least 1")
+        users = np.asarray(dataset.user_ids, dtype=object)[dataset.sample_user[samples]]
+        targets = np.asarray(dataset.catalog.ids, dtype=object)[dataset.targets(samples)]
+        names = [[name] * len(samples) for name in (method, convention)]
+        columns = [pa.array(names[0], pa.string()), pa.array(names[1], pa.string()), pa.array(users, pa.string())]
+        columns += [pa.array(samples), pa.array(targets, pa.string()), pa.array(ranks)]
+        self._parts.append(pa.Table.from_arrays(columns, schema=SCHEMA))
+
+    def add_scores(self, dataset: Dataset, method: str, samples: np.ndarray, scores: np.ndarray) -> None:
+        """Rank the targets of `samples` [B] by `scores` [B, N] in both conventions and append the rows."""
+        targets = dataset.targets(samples)
+        seen = [dataset.seen(int(sample)) for sample in samples]
+        self.add(dataset, method, "exclude_history", samples, ranks(scores, targets, seen))
+        self.add(dataset, method, "all", samples, ranks(scores, targets))
+
+    def drop(self, methods: Iterable[str]) -> None:
+        """Forget these methods, so that they can be evaluated again."""
+        gone = pc.is_in(self.table["method"], value_set=pa.array(list(methods), pa.string()))
+        self._parts = [self.table.filter(pc.invert(gone))]
+
+    def write(self, path: Path | str) -> None:
+        """Write Parquet, all or nothing."""
+        with replacing(Path(path)) as temporary:
+            pq.write_table(self.table, temporary, compression="zstd")
+
+    @classmethod
+    def read(cls, path: Path | str) -> RankTable:
+        return cls(pq.read_table(path))
+
+
+def metrics(
+    table: RankTable,
+    dataset_info: dict[str, Any],
+    split: str,
+    seeds: Sequence[int],
+    headline: Convention,
+    pairs: Sequence[tuple[str, str]] = DEFAULT_PAIRS,
+    *,
+    cold: Collection[str] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """What `metrics.json` holds: each method's metrics with `_ci`, and paired differences, by convention.
+
+    pairs: (A, B) for the difference A - B on the samples that both have; pairs with an absent method
+    are left out. cold: ids of items unseen in training; their targets get a table of their own.
+    """
+    conventions: dict[str, Any] = {}
+    for convention in CONVENTIONS:
+        rows = table.table.filter(pc.equal(table.table["convention"], convention))
+        if len(rows):
+            conventions[convention] = _summary(rows, table.methods, pairs, resamples, seed)
+            if cold is not None:
+                rows = rows.filter(pc.is_in(rows["target"], value_set=pa.array(sorted(cold), pa.string())))
+                conventions[convention]["cold"] = _summary(rows, table.methods, pairs, resamples, seed)
+    return {
+        "dataset": dataset_info,
+        "split": split,
+        "seeds": list(seeds),
+        "headline": headline,
+        "conventions": conventions,
+    }
+
+
+def _summary(
+    rows: pa.Table, methods: Sequence[str], pairs: Sequence[tuple[str, str]], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Metrics and paired differences of one convention, from one set of resamples."""
+    names, method = np.unique(np.asarray(rows["method"]).astype(str), return_inverse=True)
+    samples, first, sample = np.unique(np.asarray(rows["sample"]), return_index=True, return_inverse=True)
+    users = np.asarray(rows["user_id"]).astype(str)[first]
+    at = np.asarray(rows["rank"])
+    row_values = np.stack([f(at, k) for f in (ndcg, hit) for k in CUTS], axis=1)  # [rows, metrics]
+
+    cell = method * len(samples) + sample
+    sizes = np.bincount(cell, minlength=len(names) * len(samples))
+    with np.errstate(invalid="ignore"):  # 0 / 0: a sample that a method lacks is NaN
+        cells = [np.bincount(cell, weights=v, minlength=len(sizes)) / sizes for v in row_values.T]
+    values = np.stack(cells, axis=1).reshape(len(names), len(samples), len(METRICS))
+    by_method = dict(zip(names.tolist(), values, strict=True))
+
+    present = [m for m in methods if m in by_method]
+    compared = [(a, b) for a, b in pairs if a in by_method and b in by_method]
+    compared = [(a, b) for a, b in compared if not np.isnan(by_method[a] - by_method[b]).all()]
+    blocks = [by_method[m] for m in present] + [by_method[a] - by_method[b] for a, b in compared]
+    columns = np.concatenate(blocks, axis=1) if blocks else np.zeros((0, 0))
+    estimate = bootstrap_mean(columns, users, resamples=resamples, seed=seed)
+    block = {key: i * len(METRICS) for i, key in enumerate([*present, *compared])}
+    return {
+        "samples": len(samples),
+        "users": len(np.unique(users)),
+        "methods": {m: _method_entry(estimate, block[m], int((~np.isnan(by_method[m][:, 0])).sum())) for m in present},
+        "paired": {f"{a}-{b}": _paired_entry(estimate, block[a, b]) for a, b in compared},
+    }
+
+
+def _method_entry(estimate: Estimate, start: int, samples: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {}
+    for i, metric in enumerate(METRICS, start):
+        entry[metric] = float(estimate.value[i])
+        entry[f"{metric}_ci"] = [float(estimate.low[i]), float(estimate.high[i])]
+    return entry | {"samples": samples}
+
+
+def _paired_entry(estimate: Estimate, start: int) -> dict[str, Any]:
+    entry: dict[str, Any] = {}
+    for metric, interval in (("ndcg@10", "ci"), ("hr@10", "hr@10_ci")):
+        i = start + METRICS.index(metric)
+        entry[metric] = float(estimate.value[i])
+        entry[interval] = [float(estimate.low[i]), float(estimate.high[i])]
+    return entry
+
+
+def write_metrics(summary: dict[str, Any], path: Path | str) -> None:
+    """Write `metrics.json`, all or nothing."""
+    write_json(Path(path), summary)
+
+
+def print_table(summary: dict[str, Any], console: Console) -> None:
+    """The headline convention as a table with 95 % intervals, and the paired differences below it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    convention = summary["headline"]
+    part = summary["conventions"].get(convention)
+    if not part:
+        console.print(f"No ranks in the convention {convention}.")
+        return
+    kept = "the user's earlier items removed" if convention == "exclude_history" else "nothing removed"
+    title = f"{summary['split']}: {part['samples']:,} samples of {part['users']:,} users, whole catalogue, {kept}"
+    further = ("ndcg@5", "hr@5", "ndcg@20", "hr@20") if console.width >= 108 else ()
+    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
+    table.add_column("method", no_wrap=True)
+    for metric in ("ndcg@10", "hr@10", *further):
+        table.add_column(metric.upper(), justify="right", no_wrap=True)
+    best = max(entry["ndcg@10"] for entry in part["methods"].values())
+    for method, entry in part["methods"].items():
+        cells = [_with_interval(entry[m], entry[f"{m}_ci"]) for m in ("ndcg@10", "hr@10")]
+        cells += [f"{entry[m]:.3f}" for m in further]
+        table.add_row(method, *cells, style="bold" if entry["ndcg@10"] == best else "")
+    console.print(table)
+    if part["paired"]:
+        title = "Paired differences on the same samples"
+        table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
+        table.add_column("A − B", no_wrap=True)
+        for heading in ("NDCG@10", "HR@10")[: 2 if console.width >= 108 else 1]:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for pair, entry in part["paired"].items():
+            clear = entry["ci"][0] > 0 or entry["ci"][1] < 0
+            cells = [
+                _with_interval(entry[m], entry[ci], sign="+") for m, ci in (("ndcg@10", "ci"), ("hr@10", "hr@10_ci"))
+            ]
+            table.add_row(pair.replace("-", " − ", 1), *cells[: len(table.columns) - 1], style="" if clear else "dim")
+        console.print(table)
+        console.print("Brackets: 95 % bootstrap over users. Dim: the interval of the NDCG difference holds 0.")
+    if part.get("cold", {}).get("samples"):
+        cold = part["cold"]
+        listed = ", ".join(f"{method} {entry['ndcg@10']:.3f}" for method, entry in cold["methods"].items())
+        console.print(f"NDCG@10 on the {cold['samples']:,} targets that training never showed: {listed}")
+
+
+def _with_interval(value: float, interval: Sequence[float], sign: str = "") -> str:
+    low, high = interval
+    return rf"{value:{sign}.3f} \[{low:{sign}.3f}, {high:{sign}.3f}]"
