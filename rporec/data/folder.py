@@ -1,0 +1,36 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rporec.data.errors import DataError
+
+Progress = Callable[[str, int, int | None], None]  # stage, done, total if known
+
+
+def silent(stage: str, done: int, total: int | None) -> None:
+    """A Progress that shows nothing."""
+
+
+def check_free(out: Path) -> None:
+    """Raise DataError unless `out` does not exist or is an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DataError(f"{out}: exists and is not empty; choose another folder or delete it")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` when the block ends, and vanishes when it fails."""
+    check_free(out)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,45 @@
+"""Training data cut by time: warm-up | head | RL.
+
+A head trained on rationales that the target shaped learns to trust leaked answers, and RL on prompts
+that it has seen finds nothing left to gain. So the three see different samples, oldest first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rporec.config import Config, ConfigError
+
+
+@dataclass(frozen=True)
+class TrainSlices:
+    """Sample numbers in time order; `head` and `warmup` may have been cut to their newest."""
+
+    warmup: np.ndarray
+    head: np.ndarray
+    rl: np.ndarray
+
+
+def train_slices(train: np.ndarray, config: Config) -> TrainSlices:
+    """Cut the training samples (time order) by the config's shares.
+
+    Without warm-up its share goes to the head. Raises ConfigError when a slice that is needed is empty.
+    """
+    shares = config.slices
+    warmup_share = 0.0 if config.warmup.steps == 0 else shares.warmup
+    total = shares.warmup + shares.head + shares.rl
+    first = int(len(train) * warmup_share / total)
+    last = int(len(train) * (shares.warmup + shares.head) / total)
+    warmup, head, rl = train[:first], train[first:last], train[last:]
+    if not len(head) or (config.steps and not len(rl)) or (warmup_share and not len(warmup)):
+        raise ConfigError(
+            f"slices: {len(train)} training samples leave {len(warmup)} for warm-up, {len(head)} for the head, "
+            f"{len(rl)} for RL; each needs some: bring more interactions or change slices.*"
+        )
+    return TrainSlices(_newest(warmup, config.max_warmup_samples), _newest(head, config.max_head_samples), rl)
+
+
+def _newest(samples: np.ndarray, limit: int | None) -> np.ndarray:
+    return samples if limit is None else samples[max(0, len(samples) - limit) :]
