@@ -1,0 +1,412 @@
+"""The RecHead: scores the whole catalogue from a history, a chain of thought and an answer.
+
+After "MulRetriever" of RPORec (arXiv 2605.21967). One object is the reward of RL, the retriever of
+serving and the method that evaluation ranks. The parts and their jobs:
+
+    history encoder   the newest `window` items -> h (bag of their texts, or a causal transformer)
+    text encoders     CoT -> y, answer -> z, item text -> E; the last two share one table, so an
+                      answer that names an item lands near it even if training never showed it
+    fusion            paper: gate and transformer over [x, y, s]; residual: h.E + a * t.E
+    experts           `rporec.models.experts`, joined by scalars that are searched, not trained
+
+Left out of the paper's head: its frozen pretrained item encoder. Without one, E is trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from rporec.config import ConfigError, HeadConfig
+from rporec.files import replacing
+from rporec.models.experts import Experts
+from rporec.models.head_inputs import HeadInputs
+from rporec.models.text_encoder import Ragged, TextEncoder, Vocabulary
+
+if TYPE_CHECKING:
+    from rporec.data import Catalog
+
+import os
+COLD_NEG = os.environ.get("COLD_NEG")
+SCORE_BATCH = 512  # samples scored at once
+TEXT_SCALE = 3.0  # norm of a text's vector at the start: an exact match then scores 9, a stranger about 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """HeadInputs as numbers, ready to be cut into batches."""
+
+    history: torch.Tensor  # int64 [B, W], oldest first, padded on the right with 0
+    length: torch.Tensor  # int64 [B], history items that are there
+    cot: Ragged
+    answer: Ragged
+    format: torch.Tensor  # float32 [B]
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def take(self, rows: np.ndarray, device: str | torch.device = "cpu") -> Encoded:
+        length = self.length[rows]
+        width = int(length.max()) if len(rows) else 0
+        return Encoded(
+            self.history[rows, :width].to(device),
+            length.to(device),
+            self.cot.take(rows),
+            self.answer.take(rows),
+            self.format[rows].to(device),
+        )
+
+
+class RecHead(nn.Module):
+    """See the module's docstring; `config.fusion` and `config.history` choose the parts."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        config: HeadConfig,
+        *,
+        window: int,
+        seed: int = 0,
+        vocabulary: Vocabulary | None = None,
+        extra_texts: Iterable[str] = (),
+        experts: Experts | None = None,
+    ) -> None:
+        """window: newest history items that are read. extra_texts: whose words get vectors of their own."""
+        super().__init__()
+        texts = [catalog.text(item) for item in range(len(catalog))]
+        self.catalog, self.config, self.window = catalog, config, window
+        self.vocabulary = vocabulary or Vocabulary.fit(texts, extra_texts)
+        self.experts = experts
+        self.weights: dict[str, float] = {}  # of the components in the score; a network counts 1, an expert 0
+        words = self.vocabulary.encode(texts)
+        self.register_buffer("item_words", torch.from_numpy(words.ids), persistent=False)
+        self.register_buffer("item_offsets", torch.from_numpy(words.offsets), persistent=False)
+        self.register_buffer("known", torch.zeros(len(catalog), dtype=torch.bool))  # items that training showed
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self._make_parts()
+
+    def _make_parts(self) -> None:
+        config, dim = self.config, self.config.dim
+        self.answer_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
+        self.cot_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
+        self.cot_mlp = _mlp(dim, config.dropout)
+        if config.history == "text":
+            self.history_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
+            self.history_mlp = _mlp(dim, config.dropout)
+        else:
+            self.item_table = nn.Parameter(torch.randn(len(self.catalog), dim) * 0.02)
+            self.item_bias = nn.Parameter(torch.zeros(len(self.catalog)))
+            self.text_projection = nn.Linear(dim, dim, bias=False)
+            nn.init.eye_(self.text_projection.weight)  # so that an answer's vector lies near its item from the start
+            self.text_bias = nn.Linear(dim, 1, bias=False)
+            nn.init.zeros_(self.text_bias.weight)
+            self.start = nn.Parameter(torch.randn(dim) * 0.02)
+            self.positions = nn.Parameter(torch.randn(self.window + 1, dim) * 0.02)
+            self.sequence = Transformer(config, causal=True)
+        if config.fusion == "paper":
+            self.fuser = Transformer(config, causal=False)
+            self.gate = nn.Linear(2 * dim, dim)
+        else:
+            self.text_scale = nn.Parameter(torch.zeros(()))
+
+    # -- vectors ---------------------------------------------------------------------------------
+
+    def item_vectors(self) -> ItemVectors:
+        """All N items as the networks see them; costs one pass over the catalogue's words."""
+        text = self.answer_encoder(self.item_words, self.item_offsets)
+        if self.config.history == "text":
+            past = self.history_encoder(self.item_words, self.item_offsets)
+            return ItemVectors(text=text, full=text, past=past, bias=None)
+        known = self.known[:, None]
+        full = self.text_projection(text) + self.item_table * known
+        bias = self.item_bias * self.known + self.text_bias(text).squeeze(1)
+        return ItemVectors(text=text, full=full, past=full, bias=bias)
+
+    def _history(self, batch: Encoded, items: ItemVectors) -> torch.Tensor:
+        """[B, W + 1, dim] for `sequence` (row p has read p items), [B, 1, dim] for `text`."""
+        vectors = F.embedding(batch.history, items.past)
+        if self.config.history == "text":
+            there = torch.arange(batch.history.shape[1], device=vectors.device) < batch.length[:, None]
+            mean = (vectors * there[:, :, None]).sum(1) / batch.length.clamp_min(1)[:, None]
+            return self.history_mlp(mean)[:, None]
+        start = self.start.expand(len(vectors), 1, -1)
+        width = vectors.shape[1] + 1
+        tokens = torch.cat([start, vectors], dim=1) + self.positions[:width]
+        tokens = F.dropout(tokens, self.config.dropout, self.training)
+        # Padding stands on the right, so the causal mask alone keeps it from every real position.
+        return self.sequence(tokens)
+
+    def _newest(self, past: torch.Tensor, batch: Encoded) -> torch.Tensor:
+        last = batch.length if self.config.history == "sequence" else torch.zeros_like(batch.length)
+        return past[torch.arange(len(batch), device=past.device), last]
+
+    def _words(self, encoder: TextEncoder, words: Ragged) -> torch.Tensor:
+        device = self.item_words.device
+        return encoder(torch.from_numpy(words.ids).to(device), torch.from_numpy(words.offsets).to(device))
+
+    def _fused(self, history: torch.Tensor, batch: Encoded) -> torch.Tensor:
+        """The paper's output [B, dim] from x = `history`."""
+        thought = self.cot_mlp(self._words(self.cot_encoder, batch.cot))
+        written = batch.format[:, None] > 0
+        chosen = torch.where(written, self._words(self.answer_encoder, batch.answer), history)
+        fused = self.fuser(torch.stack([history, thought, chosen], dim=1))[:, 2]
+        return chosen + 0.1 * torch.sigmoid(self.gate(torch.cat([chosen, fused], dim=1))) * fused
+
+    def _text(self, batch: Encoded) -> torch.Tensor:
+        """t [B, dim] from answer and CoT; zero where the format failed."""
+        answer = self._words(self.answer_encoder, batch.answer)
+        return batch.format[:, None] * (answer + self.cot_mlp(self._words(self.cot_encoder, batch.cot)))
+
+    # -- training --------------------------------------------------------------------------------
+
+    def forward(self, batch: Encoded, targets: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Cross-entropy loss (scalar) of a training batch; targets: int64 [B].
+
+        The sequence encoder also predicts the history's own next items from the history alone, at as
+        many random earlier positions as there are samples, which keeps it strong without text.
+        """
+        items = self.item_vectors()
+        past = self._history(batch, items)
+        newest = self._newest(past, batch)
+        if self.config.fusion == "paper":
+            queries = [(self._fused(newest, batch), items.full)]
+        else:
+            queries = [(newest, items.full), (self.text_scale * self._text(batch), items.text)]
+        loss = self._cross_entropy(queries, items.bias, targets, generator)
+        earlier = int(batch.length.sum()) if self.config.history == "sequence" else 0
+        if earlier:
+            drawn = torch.randint(earlier, (len(batch),), generator=generator)
+            row = torch.repeat_interleave(torch.arange(len(batch)), batch.length.cpu())[drawn].to(past.device)
+            place = (drawn.to(past.device) - (batch.length.cumsum(0) - batch.length)[row]).clamp_min(0)
+            own = [(past[row, place], items.full)]
+            loss = loss + self._cross_entropy(own, items.bias, batch.history[row, place], generator)
+        return loss
+
+    def _cross_entropy(
+        self,
+        queries: list[tuple[torch.Tensor, torch.Tensor]],
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        generator: torch.Generator | None,
+    ) -> torch.Tensor:
+        """Of the summed dot products of [B, dim] queries with their [N, dim] items."""
+        if self.config.softmax == "full":
+            logits = sum(query @ vectors.T for query, vectors in queries)
+            logits = logits if bias is None else logits + bias
+            if COLD_NEG: return F.cross_entropy(logits, targets)
+            return F.cross_entropy(logits.masked_fill(~self.known, -torch.inf), targets)
+        shown = self.known.nonzero().squeeze(1)
+        drawn = torch.randint(len(shown), (len(targets), self.config.negatives), generator=generator)
+        negatives = shown[drawn.to(shown.device)]
+        candidates = torch.cat([targets[:, None], negatives], dim=1)
+        logits = sum((F.embedding(candidates, vectors) @ query[:, :, None]).squeeze(2) for query, vectors in queries)
+        logits = logits if bias is None else logits + bias[candidates]
+        hits = F.pad(negatives == targets[:, None], (1, 0))
+        return F.cross_entropy(logits.masked_fill(hits, -torch.inf), torch.zeros_like(targets))
+
+    # -- scoring ---------------------------------------------------------------------------------
+
+    def encode(self, inputs: HeadInputs) -> Encoded:
+        recent = [items[-self.window :] for items in inputs.seen]
+        length = np.array([len(items) for items in recent], dtype=np.int64)
+        history = np.zeros((len(recent), self.window), dtype=np.int64)
+        history[np.arange(self.window) < length[:, None]] = np.concatenate(recent or [np.zeros(0, np.int64)])
+        return Encoded(
+            torch.from_numpy(history),
+            torch.from_numpy(length),
+            self.vocabulary.encode(inputs.cot),
+            self.vocabulary.encode(inputs.answer),
+            torch.from_numpy(np.asarray(inputs.format, dtype=np.float32)),
+        )
+
+    @torch.no_grad()
+    def components(self, inputs: HeadInputs) -> dict[str, np.ndarray]:
+        """The parts of the score, name -> float32 [B, N]: `fused` (paper) or `history` and `text`
+        (residual), then one entry per expert."""
+        return {
+            **self.network_components(self.encode(inputs)),
+            **(self.experts.features(inputs) if self.experts else {}),
+        }
+
+    @torch.no_grad()
+    def network_components(self, encoded: Encoded, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """`components` without the experts, of some rows (None: all)."""
+        rows = np.arange(len(encoded)) if rows is None else rows
+        training = self.training
+        self.eval()
+        items = self.item_vectors()
+        names = ("fused",) if self.config.fusion == "paper" else ("history", "text")
+        result = {name: np.zeros((len(rows), len(self.catalog)), dtype=np.float32) for name in names}
+        for start in range(0, len(rows), SCORE_BATCH):
+            here = slice(start, start + SCORE_BATCH)
+            batch = encoded.take(rows[here], items.text.device)
+            newest = self._newest(self._history(batch, items), batch)
+            bias = 0 if items.bias is None else items.bias
+            if self.config.fusion == "paper":
+                result["fused"][here] = (self._fused(newest, batch) @ items.full.T + bias).cpu().numpy()
+                continue
+            result["history"][here] = (newest @ items.full.T + bias).cpu().numpy()
+            if batch.format.any():
+                result["text"][here] = (self.text_scale * self._text(batch) @ items.text.T).cpu().numpy()
+        self.train(training)
+        return result
+
+    def weight(self, name: str) -> float:
+        """Of a component in the score."""
+        return self.weights.get(name, 1.0 if name in ("fused", "history", "text") else 0.0)
+
+    def scores(self, inputs: HeadInputs) -> torch.Tensor:
+        """Scores of the whole catalogue, float32 [B, N] on the CPU; higher is better.
+
+        Deterministic: dropout off, no gradient.
+        """
+        result = np.zeros((len(inputs), len(self.catalog)), dtype=np.float32)
+        for start in range(0, len(inputs), SCORE_BATCH):
+            rows = np.arange(start, min(start + SCORE_BATCH, len(inputs)))
+            for name, component in self.components(inputs.take(rows)).items():
+                result[rows] += np.float32(self.weight(name)) * component
+        return torch.from_numpy(result)
+
+    # -- catalogue and files ---------------------------------------------------------------------
+
+    def with_catalog(self, catalog: Catalog) -> RecHead:
+        """This head over a catalogue that holds all its items and more; the new ones by their text.
+
+        Raises ConfigError when an item of the head's catalogue is missing.
+        """
+        missing = [item for item in self.catalog.ids if item not in catalog.index]
+        if missing:
+            raise ConfigError(
+                f"RecHead: the new catalogue lacks {len(missing)} items, such as {missing[0]}; add, never remove"
+            )
+        rows = np.array([catalog.index[item] for item in self.catalog.ids], dtype=np.int64)
+        head = RecHead(
+            catalog,
+            self.config,
+            window=self.window,
+            vocabulary=self.vocabulary,
+            experts=self.experts and self.experts.with_catalog(catalog, rows),
+        ).to(self.item_words.device)
+        state = head.state_dict()
+        for name, value in self.state_dict().items():
+            if name in ("item_table", "item_bias", "known"):
+                state[name].zero_()[rows] = value
+            else:
+                state[name] = value
+        head.load_state_dict(state)
+        head.weights = dict(self.weights)
+        return head
+
+    def save(self, folder: Path | str) -> None:
+        """Write `head.json` and `head.safetensors`; an existing folder is replaced as a whole."""
+        tensors = {f"network.{name}": value.contiguous().cpu() for name, value in self.state_dict().items()}
+        tensors["vocabulary.idf"] = torch.from_numpy(self.vocabulary.idf)
+        if self.experts:
+            tensors |= {f"experts.{k}": torch.from_numpy(np.array(v)) for k, v in self.experts.arrays().items()}
+        description = {
+            "config": self.config.model_dump(),
+            "window": self.window,
+            "catalog": catalog_hash(self.catalog),
+            "items": len(self.catalog),
+            "weights": self.weights,
+            "half_lives": self.experts.half_lives if self.experts else None,
+            "unseen_idf": self.vocabulary.unseen_idf,
+            "buckets": self.vocabulary.buckets,
+            "words": self.vocabulary.words,
+        }
+        with replacing(Path(folder)) as temporary:
+            temporary.mkdir()
+            save_file(tensors, temporary / "head.safetensors")
+            (temporary / "head.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path | str, catalog: Catalog) -> RecHead:
+        """Read what `save` wrote. Raises ConfigError when `catalog` is not the one it was trained on."""
+        folder = Path(folder)
+        try:
+            description = json.loads((folder / "head.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"{folder}: holds no RecHead (head.json is missing)") from None
+        if description["catalog"] != catalog_hash(catalog):
+            raise ConfigError(
+                f"{folder}: the RecHead was trained on another catalogue ({description['items']} items, this one has "
+                f"{len(catalog)}); load it with its own and call with_catalog to add items"
+            )
+        with safe_open(folder / "head.safetensors", framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        vocabulary = Vocabulary(
+            description["words"],
+            tensors["vocabulary.idf"].numpy(),
+            description["unseen_idf"],
+            description["buckets"],
+        )
+        half_lives = description["half_lives"]
+        head = cls(
+            catalog,
+            HeadConfig(**description["config"]),
+            window=description["window"],
+            vocabulary=vocabulary,
+            experts=Experts.from_arrays(_under("experts.", tensors), half_lives) if half_lives else None,
+        )
+        head.load_state_dict({k.removeprefix("network."): v for k, v in tensors.items() if k.startswith("network.")})
+        head.weights = description["weights"]
+        return head
+
+
+@dataclass(frozen=True)
+class ItemVectors:
+    """N items. `text` from the answer's table, `full` with the ID row, `past` as history tokens."""
+
+    text: torch.Tensor  # [N, dim]
+    full: torch.Tensor  # [N, dim]
+    past: torch.Tensor  # [N, dim]
+    bias: torch.Tensor | None  # [N]
+
+
+def catalog_hash(catalog: Catalog) -> str:
+    """SHA-256 of the item ids in order."""
+    return hashlib.sha256("\n".join(catalog.ids).encode()).hexdigest()
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    return {name.removeprefix(prefix): value.numpy() for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _mlp(dim: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
+
+
+class Transformer(nn.Module):
+    """Pre-norm blocks over [B, L, dim]; dropout on their outputs alone, because masks cost CPU time."""
+
+    def __init__(self, config: HeadConfig, causal: bool) -> None:
+        super().__init__()
+        dim, layers = config.dim, range(config.layers)
+        self.causal, self.heads, self.dropout = causal, config.heads, config.dropout
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * config.layers + 1))
+        self.inner = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in layers)
+        self.outer = nn.ModuleList(nn.Linear(dim, dim) for _ in layers)
+        self.widen = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in layers)
+        self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in range(len(self.inner)):
+            projected = self.inner[layer](self.norms[2 * layer](x)).unflatten(2, (3, self.heads, -1))
+            query, key, value = projected.permute(2, 0, 3, 1, 4)
+            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+            x = x + F.dropout(self.outer[layer](mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
+            hidden = F.gelu(self.widen[layer](self.norms[2 * layer + 1](x)), approximate="tanh")
+            x = x + F.dropout(self.narrow[layer](hidden), self.dropout, self.training)
+        return self.norms[-1](x)

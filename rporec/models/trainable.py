@@ -1,0 +1,154 @@
+"""The LLM under DeepSpeed: what warm-up and reinforcement learning both train.
+
+Nothing here knows about Ray: inside a Ray Train worker DeepSpeed takes over the process group that is
+there, in a plain process it makes one of size one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rporec.config import Config
+from rporec.models.backbone import load_model, merged_named_tensors
+
+
+def learner_environment(cuda: bool, threads: int) -> dict[str, str]:
+    """Environment of a learner process; it must stand before DeepSpeed is imported.
+
+    On CPU this keeps DeepSpeed from compiling C++ at start, which takes minutes.
+    """
+    common = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if cuda:
+        return common
+    return common | {
+        "DS_ACCELERATOR": "cpu",
+        "LOCAL_SIZE": "1",
+        "OMP_NUM_THREADS": str(threads),
+        "DEEPSPEED_LOG_LEVEL": "error",
+    }
+
+
+class Trainable:
+    """A causal LM, its optimiser and its learning-rate schedule in one DeepSpeed engine.
+
+    Every optimiser step takes `accumulation` micro-batches on every rank. Losses given to `backward`
+    are parts of one global sum: all micro-batches of all ranks together make the full-batch loss.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        config: Config,
+        *,
+        lr: float,
+        accumulation: int,
+        micro_batch: int,
+        schedule: Callable[[int], float] | None = None,
+        grad_clip: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        cuda = torch.cuda.is_available()
+        if not cuda:
+            import deepspeed.ops
+
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        import deepspeed
+
+        if not dist.is_initialized():
+            _single_process_group(cuda)
+        self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        self.accumulation = accumulation
+        bf16 = config.deepspeed.bf16 if config.deepspeed.bf16 is not None else cuda
+        module = load_model(model, torch.bfloat16 if bf16 else torch.float32, config.lora)
+        if cuda:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": micro_batch,
+            "gradient_accumulation_steps": accumulation,
+            "train_batch_size": micro_batch * accumulation * self.world,
+            "zero_optimization": {"stage": config.deepspeed.zero_stage},
+            "bf16": {"enabled": bf16},
+            "gradient_clipping": grad_clip,
+            "optimizer": {
+                "type": "AdamW",
+                # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at start.
+                "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": weight_decay, "torch_adam": not cuda},
+            },
+            "steps_per_print": 10**9,
+            **config.deepspeed.args,
+        }
+        scheduler = (lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)) if schedule else None
+        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=parameters, config=settings, lr_scheduler=scheduler
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.device
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add one micro-batch's part of the global loss; the last of a step updates the weights."""
+        # DeepSpeed averages over ranks and micro-batches; the losses here are summands already.
+        self.engine.backward(loss * (self.world * self.accumulation))
+        self.engine.step()
+
+    @property
+    def lr(self) -> float:
+        return float(self.engine.get_lr()[0])
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Global norm before clipping; None where the ZeRO stage does not keep it."""
+        norm = self.engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor) of the merged weights; under ZeRO-3 every rank must iterate."""
+        if self.engine.zero_optimization_stage() < 3:
+            yield from merged_named_tensors(self.engine.module)
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
+            yield from ((name, tensor.clone()) for name, tensor in merged_named_tensors(self.engine.module))
+
+    def save_checkpoint(self, folder: Path) -> None:
+        """Every rank writes its part of optimiser, schedule and weights into `folder`."""
+        self.engine.save_checkpoint(str(folder), tag="learner")
+
+    def load_checkpoint(self, folder: Path) -> None:
+        self.engine.load_checkpoint(str(folder), tag="learner")
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def all_concatenate(values: torch.Tensor) -> torch.Tensor:
+    """The 1-D tensors of all ranks, of any lengths, one behind the other in rank order."""
+    world = dist.get_world_size()
+    if world == 1:
+        return values
+    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(world)]
+    dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
+    longest = int(max(lengths))
+    padded = torch.nn.functional.pad(values, (0, longest - len(values)))
+    rows = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(rows, padded)
+    return torch.cat([row[: int(length)] for row, length in zip(rows, lengths, strict=True)])
+
+
+def _single_process_group(cuda: bool) -> None:
+    for key, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(key, value)
+    dist.init_process_group("nccl" if cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -1,0 +1,148 @@
+"""The judge of RPORec: a frozen RecHead, and the frozen models that the other reward terms need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+
+from rporec.config import Config, RewardConfig
+from rporec.data import Dataset
+from rporec.data.slices import train_slices
+from rporec.evaluation.ranking import hit, ndcg, ranks
+from rporec.models.experts import Experts, rows_of
+from rporec.models.head_inputs import HeadInputs
+from rporec.models.rechead import RecHead
+from rporec.rl import rewards
+from rporec.rl.rollout_schema import GroupMeta, completions, group_meta, split_groups, with_rewards
+from rporec.run import Run
+from rporec.text.completion import parse
+from rporec.text.prompt import ItemWriter
+from rporec.text.teacher import statements
+
+if TYPE_CHECKING:
+    from rporec.models.frozen import Summarizer
+
+
+def head_inputs(dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Sequence[str] | None) -> HeadInputs:
+    """What the head reads: histories of `samples`, and one completion text for each (None: blank)."""
+    samples = np.asarray(samples, np.int64)
+    seen = [dataset.seen(int(sample)) for sample in samples]
+    if texts is None:
+        return HeadInputs.without_text(seen, dataset.times(samples))
+    parsed = [parse(text) for text in texts]
+    return HeadInputs(
+        seen=seen,
+        time=dataset.times(samples),
+        cot=[completion.cot for completion in parsed],
+        answer=[completion.answer for completion in parsed],
+        format=np.array([completion.format for completion in parsed], np.float32),
+    )
+
+
+class HeadJudge:
+    """Scores completions by where the RecHead ranks the target; one object for reward and validation."""
+
+    def __init__(self, run: Run, config: Config, dataset: Dataset) -> None:
+        self.run, self.config, self.dataset = run, config, dataset
+        self.head = RecHead.load(run.head(), dataset.catalog)
+        self.reward_head = self._before_rl()
+        self.items = ItemWriter(dataset, config.text)
+        self.custom = rewards.load_custom(config.reward.custom) if config.reward.custom else None
+
+    def score(self, batches: list[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], list[GroupMeta]]:
+        """Fill the reward columns of unscored groups; all of them in one pass of the head."""
+        batch = pa.concat_batches(batches)
+        samples = batch.column("sample").to_numpy()
+        written = completions(batch)
+        scores = self.reward_head.scores(head_inputs(self.dataset, samples, [one.text for one in written])).numpy()
+        scored = rewards.score(
+            scores,
+            self.dataset.targets(samples),
+            [self.dataset.seen(int(sample)) for sample in samples] if self.config.reward.mask_history else None,
+            written,
+            self._weights,
+            summaries=self._summaries([one.cot for one in written]),
+            embed=self._embed,
+            candidates=self._candidates(samples),
+            custom=self.custom,
+        )
+        groups = split_groups(with_rewards(batch, scored))
+        return groups, [group_meta(group, self.habits(group)) for group in groups]
+
+    def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]:
+        """NDCG and hit rate at 10 of one completion for each sample, in the headline's convention."""
+        scores = self.head.scores(head_inputs(self.dataset, samples, texts)).numpy()
+        excluded = [self.dataset.seen(int(sample)) for sample in samples]
+        exclude = excluded if self.config.data.headline == "exclude_history" else None
+        places = ranks(scores, self.dataset.targets(samples), exclude)
+        habits = self._habits(samples, texts)
+        return {"ndcg@10": float(ndcg(places, 10).mean()), "hr@10": float(hit(places, 10).mean()), **habits}
+
+    # --- how the policy collects its reward --------------------------------------------------
+    def habits(self, group: pa.RecordBatch) -> dict[str, float]:
+        """Seen answers, truth of statements and the like for one group."""
+        return self._habits(group.column("sample").to_numpy(), group.column("text").to_pylist())
+
+    def _habits(self, samples: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
+        written = [parse(text) for text in texts]
+        seen = [self.dataset.seen(int(sample)) for sample in samples]
+        habits = rewards.gaming([one.answer for one in written], seen, self.items.short)
+        histories = [self.dataset.history(int(sample)) for sample in samples]
+        counts = [statements(one.cot, history, self.items) for one, history in zip(written, histories, strict=True)]
+        if checkable := sum(count for _, count in counts):
+            habits["statement_truth"] = sum(true for true, _ in counts) / checkable
+        return habits
+
+    def _before_rl(self) -> RecHead:
+        """The same head with experts that know nothing of the RL slice.
+
+        Rules and popularity that were counted over its targets would rank them high whatever the LLM
+        writes, and leave it little to gain.
+        """
+        if self.head.experts is None:
+            return self.head
+        head = copy.copy(self.head)
+        slices = train_slices(self.dataset.split("train"), self.config)
+        earlier = self.dataset.split("train")
+        head.experts = Experts.fit(self.dataset, rows_of(self.dataset, earlier[earlier < slices.rl[0]]))
+        return head
+
+    # --- what the terms need -----------------------------------------------------------------
+    @cached_property
+    def _weights(self) -> RewardConfig:
+        return rewards.weights_for(self.config.reward, tiny=self.config.tiny_backbone)
+
+    @cached_property
+    def _embed(self) -> rewards.Embed | None:
+        if not self._weights.faithfulness or self.config.reward.embedder is None:
+            return None
+        from rporec.models.frozen import TextEmbedder
+
+        return TextEmbedder(self.config.reward.embedder)
+
+    @cached_property
+    def _summarizer(self) -> Summarizer | None:
+        if not (self._weights.conciseness or self._weights.faithfulness):
+            return None
+        from rporec.models.frozen import Summarizer
+
+        return Summarizer(self.run.warm_model)
+
+    def _summaries(self, thoughts: list[str]) -> list[str | None] | None:
+        return None if self._summarizer is None else self._summarizer(thoughts)
+
+    def _candidates(self, samples: np.ndarray) -> np.ndarray | None:
+        if self.config.reward.candidates == "catalogue":
+            return None
+        return rewards.sampled_candidates(
+            self.dataset.targets(samples),
+            samples,
+            len(self.dataset.catalog),
+            negatives=self.config.reward.negatives,
+            seed=self.config.seed,
+        )

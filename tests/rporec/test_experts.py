@@ -1,0 +1,169 @@
+"""The experts know what they were fitted on and nothing later; the search finds what helps and drops what does not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rporec.data import Catalog, Dataset
+from rporec.models.experts import Experts, rows_of, search_weights
+from rporec.models.head_inputs import HeadInputs
+
+DAY = 86_400
+TITLES = ["red fox", "red fox two", "blue whale", "blue whale two", "green frog", "grey wolf"]
+PATHS = {"a": [0, 1, 2], "b": [0, 1, 3], "c": [4, 5, 0, 1], "d": [2, 3]}
+
+
+def dataset(paths: dict[str, list[int]] = PATHS, titles: list[str] = TITLES) -> Dataset:
+    """Every user takes one item a day, all from day 0; all samples are training samples."""
+    table = pa.table({"item_id": [f"i{n}" for n in range(len(titles))], "title": titles})
+    lengths = [len(path) for path in paths.values()]
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    timestamps = np.concatenate([np.arange(n) for n in lengths]).astype(np.int64) * DAY
+    owner = np.repeat(np.arange(len(paths)), lengths)
+    rows = np.setdiff1d(np.arange(len(owner)), offsets[:-1])
+    rows = rows[np.lexsort((owner[rows], timestamps[rows]))]
+    return Dataset(
+        root=None,
+        manifest={},
+        catalog=Catalog(table),
+        user_ids=list(paths),
+        offsets=offsets,
+        items=np.concatenate(list(paths.values())).astype(np.int32),
+        timestamps=timestamps,
+        sample_user=owner[rows].astype(np.int32),
+        sample_row=rows.astype(np.int64),
+        sample_split=np.ones(len(rows), np.int8),
+        window=5,
+    )
+
+
+def asked(*histories: list[int], day: float = 9) -> HeadInputs:
+    return HeadInputs.without_text(
+        [np.array(h, np.int32) for h in histories], np.full(len(histories), int(day * DAY), np.int64)
+    )
+
+
+@pytest.fixture
+def experts() -> Experts:
+    data = dataset()
+    return Experts.fit(data, np.arange(len(data.items)))
+
+
+def test_rules_rank_the_usual_successor_first(experts: Experts) -> None:
+    rules = experts.features(asked([0], [4]))["rules"]
+    assert rules[0].argmax() == 1
+    assert rules[1].argmax() == 5
+
+
+def test_rules_hold_no_pair_across_users(experts: Experts) -> None:
+    assert experts.features(asked([1]))["rules"][0, 4] == 0  # user b ends with 3, user c starts with 4
+
+
+def test_text_neighbours_share_words_and_leave_the_item_itself_out(experts: Experts) -> None:
+    neighbours = experts.features(asked([0]))["text_knn"][0]
+    assert neighbours.argmax() == 1
+    assert neighbours[0] == neighbours[2] == 0
+
+
+def test_popularity_counts_strictly_before_the_sample(experts: Experts) -> None:
+    first_day, second_day = experts.features(asked([0], day=0)), experts.features(asked([0], day=1))
+    assert not first_day["popularity"].any()
+    assert second_day["popularity"][0, 0] == 1  # two of four first items
+    assert second_day["popularity"][0, 1] == 0  # taken on day 1 itself
+
+
+def test_popularity_prefers_the_recent(experts: Experts) -> None:
+    popularity = experts.features(asked([0], day=9))["popularity_fast"][0]
+    assert popularity[1] > popularity[4]
+
+
+def test_popularity_survives_a_decade_of_silence(experts: Experts) -> None:
+    late = experts.features(asked([0], day=40_000))
+    assert np.allclose(late["popularity_fast"], experts.features(asked([0], day=9))["popularity_fast"])
+    assert late["popularity_fast"].max() == 1
+
+
+def test_features_of_a_row_do_not_depend_on_the_rows_beside_it(experts: Experts) -> None:
+    inputs = HeadInputs.concatenate([asked([0, 1], day=2), asked([4], day=1), asked([], day=3)])
+    together = experts.features(inputs)
+    for row in range(3):
+        for name, values in experts.features(inputs.take([row])).items():
+            assert np.allclose(values[0], together[name][row], atol=1e-6), name
+
+
+def test_features_are_float32_between_0_and_1(experts: Experts) -> None:
+    features = experts.features(asked([0, 1, 1], [5], []))
+    assert set(features) == set(experts.names)
+    for values in features.values():
+        assert values.shape == (3, len(TITLES))
+        assert values.dtype == np.float32
+        assert values.min() >= 0
+        assert values.max() <= 1 + 1e-6
+
+
+def test_history_indicators(experts: Experts) -> None:
+    features = experts.features(asked([0, 4, 2]))
+    assert features["in_history"][0].tolist() == [1, 0, 1, 0, 1, 0]
+    assert features["last_item"][0].tolist() == [0, 0, 1, 0, 0, 0]
+
+
+def test_rows_of_ends_each_user_at_its_last_sample() -> None:
+    data = dataset()
+    early = np.flatnonzero(data.times(np.arange(len(data.sample_row))) == DAY)
+    assert rows_of(data, early).tolist() == [0, 1, 3, 4, 6, 7, 10, 11]
+
+
+def test_nothing_beyond_the_given_rows_is_learned() -> None:
+    data = dataset()
+    early = Experts.fit(data, rows_of(data, np.array([0])))  # user a, items 0 and 1
+    assert early.rules.nnz == 1
+    assert early.items.tolist() == [0, 1]
+
+
+def test_a_catalogue_without_text_has_no_neighbours() -> None:
+    data = dataset(titles=[""] * 6)
+    experts = Experts.fit(data, np.arange(len(data.items)))
+    assert np.isfinite(experts.features(asked([0]))["text_knn"]).all()
+
+
+def test_search_takes_the_signal_and_drops_noise() -> None:
+    rng = np.random.default_rng(0)
+    targets = rng.integers(0, 50, 400)
+    signal = rng.normal(size=(400, 50)).astype(np.float32)
+    signal[np.arange(400), targets] += 2
+    harm = -signal + rng.normal(size=signal.shape).astype(np.float32)
+    weights, value = search_weights({"harm": harm, "signal": signal, "nothing": np.zeros_like(signal)}, targets)
+    assert weights["signal"] == 1
+    assert weights["harm"] == 0
+    assert weights["nothing"] == 0
+    assert value > 0.5
+
+
+def test_search_joins_two_halves_whatever_their_units() -> None:
+    rng = np.random.default_rng(1)
+    targets = rng.integers(0, 60, 600)
+    parts = {name: rng.normal(size=(600, 60)).astype(np.float32) for name in ("left", "right")}
+    for part in parts.values():
+        part[np.arange(600), targets] += 1.5
+    alone = {name: search_weights({name: part}, targets)[1] for name, part in parts.items()}
+    weights, both = search_weights({"left": parts["left"], "right": 1000 * parts["right"]}, targets)
+    assert both > max(alone.values()) + 0.05
+    assert 0.3 < weights["left"] / (1000 * weights["right"]) < 3
+
+
+def test_search_leaves_excluded_items_out() -> None:
+    targets = np.arange(20)
+    scores = np.zeros((20, 40), np.float32)
+    scores[:, 30:] = 2  # all of them excluded
+    scores[np.arange(20), targets] = 1
+    value = search_weights({"only": scores}, targets, [np.arange(30, 40)] * 20)[1]
+    assert value == pytest.approx(1)
+
+
+def test_search_is_deterministic() -> None:
+    rng = np.random.default_rng(2)
+    parts = {name: rng.normal(size=(100, 30)).astype(np.float32) for name in "abc"}
+    targets = rng.integers(0, 30, 100)
+    assert search_weights(parts, targets) == search_weights(parts, targets)
