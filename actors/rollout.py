@@ -1,0 +1,169 @@
+"""One rollout worker: an engine in an actor of its own.
+
+The engine steps in its thread; the actor's event loop only hands requests in and completions out,
+so any number of calls may be open at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from rporec.config import EngineConfig
+from rporec.engine.reference import ReferenceEngine
+from rporec.engine.types import FIRST_VERSION, SamplingSpec, Version
+from rporec.engine.vllm import VllmEngine
+from rporec.engine.vllm_start import engine_environment
+from rporec.engine.weights import FlatWeights, unflatten
+from rporec.rl.rollout_schema import GroupMeta, Lease, group_meta, rollout_batch
+
+CONCURRENT_CALLS = 4096
+
+
+def rollout_options(config: EngineConfig, cuda: bool = False) -> dict[str, Any]:
+    """Options for `RolloutWorker.options`: where it may run and the environment it needs.
+
+    Placement goes by the logical resource `rollout`, not by CPUs. On CUDA a worker has as many GPUs
+    as its engine spreads over. Ray never restarts it: its replacement is the controller's decision.
+    """
+    spread = config.args.get("tensor_parallel_size", 1) * config.args.get("pipeline_parallel_size", 1)
+    environment = engine_environment(config, "cuda" if cuda else "cpu") | {"PYTHONWARNINGS": "ignore"}
+    return {
+        "resources": {"rollout": 1},
+        "num_cpus": 0,
+        "num_gpus": spread if cuda else 0,
+        "max_concurrency": CONCURRENT_CALLS,
+        "max_restarts": 0,
+        "runtime_env": {"env_vars": environment},
+    }
+
+
+class StaleWeights(ValueError):
+    """Weights that are older than what the worker has; they belong to an undone attempt."""
+
+
+@ray.remote
+class RolloutWorker:
+    """Generates with the weights it was last given; every token says which.
+
+    `cpu_core` pins the process to one core, or leaves it to the system when None.
+    Raises EngineError if the engine does not start.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: str,
+        engine: EngineConfig | Mapping[str, Any],
+        context: int,
+        seed: int,
+        cpu_core: int | None = None,
+        version: Version = FIRST_VERSION,
+    ) -> None:
+        if cpu_core is not None:
+            # Before torch is imported: its threads inherit the mask of the thread that starts them.
+            os.sched_setaffinity(0, {cpu_core})
+        self._name = name
+        self._node = ray.get_runtime_context().get_node_id()
+        config = engine if isinstance(engine, EngineConfig) else EngineConfig.model_validate(engine)
+        self._engine = _engine(config, model, context, seed, version, f"rollout worker {name}")
+        self._updating = asyncio.Lock()
+
+    @ray.method(num_returns=2)
+    async def generate(self, lease: Lease, spec: SamplingSpec) -> tuple[pa.RecordBatch, GroupMeta]:
+        """One group, sampled from the lease's seed: its rows of ROLLOUT_SCHEMA and what they amount to.
+
+        Raises ValueError for a prompt that does not fit, GenerationAborted after `abort_all`,
+        EngineError when the engine has died.
+        """
+        from rporec.text.tokenizer import token_pieces
+
+        future = self._engine.submit(lease.prompt_ids.tolist(), replace(spec, seed=lease.seed))
+        generated = await asyncio.wrap_future(future)
+        tokenizer = self._engine.decoder.tokenizer
+        batch = rollout_batch(lease, generated, [token_pieces(tokenizer, one.token_ids.tolist()) for one in generated])
+        return batch, group_meta(batch)
+
+    async def generate_many(
+        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, seeds: Sequence[int] | None = None
+    ) -> list[list[dict[str, Any]]]:
+        """Per prompt its completions as {"text", "token_ids", "logprobs", "finish_reason"}.
+
+        Prompt i samples from `seeds[i]`; without seeds from `spec.seed` + i, so that callers who
+        split a job over workers pass their own.
+        """
+        seeds = range(spec.seed, spec.seed + len(prompts)) if seeds is None else seeds
+        futures = [
+            asyncio.wrap_future(self._engine.submit(prompt, replace(spec, seed=seed)))
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return [
+            [
+                {
+                    "text": one.text,
+                    "token_ids": one.token_ids,
+                    "logprobs": one.logprobs,
+                    "finish_reason": one.finish_reason,
+                }
+                for one in completions
+            ]
+            for completions in await asyncio.gather(*futures)
+        ]
+
+    async def update_weights(self, version: Version, flat: FlatWeights) -> float:
+        """Take newer weights, or the same version again, between two decode steps; returns seconds.
+
+        Raises StaleWeights for an older version; WeightsError, with nothing changed, for weights
+        that are damaged or of another model.
+        """
+        began = time.perf_counter()
+        async with self._updating:  # so that two updates cannot both pass the check and then swap
+            if version < self._engine.version:
+                raise StaleWeights(
+                    f"rollout worker {self._name} has weights {self._engine.version}; {version} is older"
+                )
+            await asyncio.wrap_future(self._engine.update_weights(version, unflatten(flat)))
+        return time.perf_counter() - began
+
+    async def score_prompts(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Teacher-forced log-probabilities, float32 [len - 1] per sequence, under the current weights."""
+        return await asyncio.wrap_future(self._engine.score(sequences))
+
+    async def abort_all(self) -> int:
+        """Stop every generation; returns how many requests there were."""
+        return await asyncio.wrap_future(self._engine.abort())
+
+    async def pause(self) -> None:
+        """Queue requests without starting them until `resume`: the engine then batches them the same way
+        whatever the network did."""
+        await asyncio.wrap_future(self._engine.pause())
+
+    async def resume(self) -> None:
+        await asyncio.wrap_future(self._engine.resume())
+
+    async def status(self) -> dict[str, Any]:
+        return {
+            "name": self._name,
+            "pid": os.getpid(),
+            "node": self._node,
+            "version": self._engine.version,
+            **self._engine.stats(),
+        }
+
+    async def close(self) -> None:
+        await asyncio.to_thread(self._engine.close)
+
+
+def _engine(
+    config: EngineConfig, model: str, context: int, seed: int, version: Version, name: str
+) -> VllmEngine | ReferenceEngine:
+    kind = VllmEngine if config.kind == "vllm" else ReferenceEngine
+    return kind(model, config, context=context, seed=seed, version=version, name=name)

@@ -1,0 +1,288 @@
+"""vLLM in this process, stepped by a thread of its own (`rporec.engine.step_loop`).
+
+Requests are seeded one by one: the same spec gives the same completion. The arithmetic of a step
+depends in its last bits on what else is in the batch, so identical samples need an identical
+batch, or the luck of no draw within 1e-6 of a boundary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rporec.config import EngineConfig
+from rporec.engine.decoder import Decoder
+from rporec.engine.step_loop import StepLoop, last_words
+from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
+from rporec.engine.vllm_start import start_llm
+from rporec.engine.weights import check_fit, checkpoint_shapes
+
+
+@dataclass(eq=False)
+class _Request:
+    """A prompt that is being completed: `starts[i]` are (version, first token) of completion i.
+
+    `finish` turns vLLM's output into the future's result, or into None while others share the future.
+    """
+
+    future: Future
+    finish: Callable[[Any, _Request], Any]
+    starts: list[list[tuple[Version, int]]]
+
+
+class VllmEngine:
+    """An `Engine`. Construction blocks until the model is loaded; raises EngineError.
+
+    `device` auto takes CUDA where torch sees it. `args` of the config override what is set here.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path | str,
+        config: EngineConfig,
+        *,
+        context: int,
+        seed: int,
+        version: Version = FIRST_VERSION,
+        device: str = "auto",
+        name: str = "engine",
+    ) -> None:
+        self.version, self.name, self.context = version, name, context
+        self._expected = checkpoint_shapes(model_dir)
+        self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
+        self._core = self._llm.llm_engine
+        self.decoder = Decoder(model_dir)
+        self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._labelled = _labels_tokens(self._core)
+        if self._labelled:
+            self._core.set_weight_version(str(version))
+
+        self._requests: dict[str, _Request] = {}
+        self._submitted = self._tokens = 0
+        self._loop = StepLoop(name, step=self._step, working=self._core.has_unfinished_requests, ended=self._fail_all)
+
+    # --- what callers use ----------------------------------------------------------------------
+    def submit(self, prompt_ids: Sequence[int], spec: SamplingSpec) -> Future[list[Generated]]:
+        """One request of n completions, so that they share the prompt's cache; see `Engine.submit`."""
+        ids = [int(token) for token in prompt_ids]
+        params = self._sampling_params(spec)
+        return self._loop.command(lambda future: self._add(future, ids, params, self._completions))
+
+    def score(self, sequences: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
+        """Teacher-forced log-probabilities under the current weights; see `Engine.score`."""
+        rows = [[int(token) for token in sequence] for sequence in sequences]
+        return self._loop.command(lambda future: self._add_scoring(future, rows))
+
+    def update_weights(self, version: Version, tensors: Iterable[tuple[str, Any]]) -> Future[dict[str, Any]]:
+        """Take new weights before the next step; running generations go on with their cache recomputed.
+
+        The future gives {"seconds", "in_flight"}. Weights that do not fit are refused with
+        WeightsError and change nothing; a failure half-way ends the engine, whose weights are then
+        neither the old nor the new ones.
+        """
+        pairs = list(tensors)
+        return self._loop.call(lambda: self._update(version, pairs))
+
+    def abort(self) -> Future[int]:
+        return self._loop.call(self._abort)
+
+    def pause(self) -> Future[None]:
+        """Queue requests without stepping, until `resume`: what comes meanwhile starts as one batch."""
+        return self._loop.pause()
+
+    def resume(self) -> Future[None]:
+        return self._loop.resume()
+
+    def stats(self) -> dict[str, Any]:
+        """Requests running and waiting, tokens of finished completions, tokens per busy second, and
+        the share of the KV cache in use."""
+        scheduler = self._core.engine_core.engine_core.scheduler
+        return {
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "tokens": self._tokens,
+            "tokens_per_second": self._tokens / max(self._loop.busy_seconds, 1e-9),
+            "kv_usage": float(scheduler.kv_cache_manager.usage),
+        }
+
+    def close(self) -> None:
+        """Stop, fail what is pending, free the model. Safe to call twice."""
+        self._loop.close()
+        self._core.engine_core.shutdown()
+
+    # --- on the engine's thread ----------------------------------------------------------------
+    def _step(self) -> None:
+        for output in self._core.step():
+            if output.finished:
+                request = self._requests.pop(output.request_id)
+                result = request.finish(output, request)
+                if result is not None and not request.future.done():
+                    request.future.set_result(result)
+
+    def _fail_all(self, error: EngineError) -> None:
+        failed, self._requests = self._requests, {}
+        for future in {request.future for request in failed.values()}:
+            if not future.done():
+                future.set_exception(error)
+
+    def _add(self, future: Future, prompt_ids: list[int], params: Any, finish: Callable[[Any, _Request], Any]) -> None:
+        if not 0 < len(prompt_ids) < self.context:
+            raise ValueError(f"a prompt of {len(prompt_ids)} tokens in a context of {self.context}")
+        self._submitted += 1
+        key = str(self._submitted)
+        self._core.add_request(key, {"prompt_token_ids": prompt_ids}, params)
+        self._requests[key] = _Request(future, finish, [[(self.version, 0)] for _ in range(params.n)])
+
+    def _add_scoring(self, future: Future, sequences: list[list[int]]) -> None:
+        scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
+        left = {index for index, sequence in enumerate(sequences) if len(sequence) > 1}
+
+        def finish(index: int, output: Any, request: _Request) -> list[np.ndarray] | None:
+            scores[index] = _scores(output)
+            left.discard(index)
+            return None if left else scores
+
+        for index in sorted(left):
+            *prompt, last = sequences[index]
+            self._add(future, prompt, _scoring_params(last), partial(finish, index))
+        if not left:
+            future.set_result(scores)
+
+    def _abort(self) -> int:
+        aborted = len({request.future for request in self._requests.values()})
+        self._core.abort_request(list(self._requests))
+        self._fail_all(GenerationAborted(f"{self.name}: generation aborted on request"))
+        return aborted
+
+    def _update(self, version: Version, tensors: list[tuple[str, Any]]) -> dict[str, Any]:
+        began = time.perf_counter()
+        if self._expected:
+            check_fit({name: tuple(tensor.shape) for name, tensor in tensors}, self._expected)
+        pairs = [(name, _as_torch(tensor)) for name, tensor in tensors]
+        try:
+            self._llm.start_weight_update()
+            self._llm.update_weights({"update_info": {"tensors": pairs}})
+            self._llm.finish_weight_update()
+            # Without the reset of running requests their old keys and values stay, and every later
+            # token is drawn from a distribution that neither weights define.
+            self._core.reset_prefix_cache(reset_running_requests=True)
+        except Exception as error:
+            raise EngineError(f"{self.name}: weights {version} were taken in half: {last_words(error)}") from error
+        self.version = version
+        if self._labelled:
+            self._core.set_weight_version(str(version))
+        self._note_switch(version)
+        return {"seconds": time.perf_counter() - began, "in_flight": len(self._requests)}
+
+    # --- completions ---------------------------------------------------------------------------
+    def _sampling_params(self, spec: SamplingSpec) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        stop_ids, stop_strings = self.decoder.split_stops(spec.stop)
+        return SamplingParams(
+            n=spec.n,
+            temperature=spec.temperature,
+            top_p=spec.top_p,
+            max_tokens=spec.max_tokens,
+            seed=None if spec.greedy else spec.base_seed,  # vLLM gives completion i the seed + i
+            stop_token_ids=stop_ids,
+            stop=stop_strings or None,
+            detokenize=bool(stop_strings),
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            logprobs=0 if spec.logprobs else None,
+            flat_logprobs=True,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _completions(self, output: Any, request: _Request) -> list[Generated]:
+        generated = []
+        for one in output.outputs:
+            ids = np.asarray(one.token_ids, np.int32)
+            self._tokens += len(ids)
+            labels = getattr(one, "weight_versions", None) if self._labelled else None
+            if labels is not None:
+                versions = tuple((Version.parse(span.version), span.start, span.end) for span in labels)
+            else:
+                versions = _spans(request.starts[one.index], len(ids))
+            generated.append(
+                Generated(
+                    token_ids=ids,
+                    logprobs=_first_logprobs(one.logprobs),
+                    versions=versions,
+                    finish_reason=one.finish_reason,
+                    text=self.decoder.text(one.token_ids),
+                )
+            )
+        return generated
+
+    def _note_switch(self, version: Version) -> None:
+        """Count the tokens that each running completion has, for a vLLM that does not label them."""
+        if self._labelled:
+            return
+        for state in self._core.output_processor.request_states.values():
+            request = self._requests.get(getattr(state, "external_req_id", state.request_id))
+            if request is not None:
+                request.starts[state.request_index].append((version, state.detokenizer.num_output_tokens()))
+
+
+def _labels_tokens(core: Any) -> bool:
+    """Whether this vLLM marks tokens with the version that sampled them."""
+    from vllm.outputs import CompletionOutput
+
+    return hasattr(core, "set_weight_version") and "weight_versions" in {f.name for f in fields(CompletionOutput)}
+
+
+def _scoring_params(last: int) -> Any:
+    """One token after all but the last of a sequence: prompt logprobs, and the last token's own.
+
+    So a sequence that fills the whole context can be scored, which vLLM refuses as a prompt.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=1,
+        prompt_logprobs=0,
+        logprobs=1,
+        logprob_token_ids=[last],
+        detokenize=False,
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _scores(output: Any) -> np.ndarray:
+    prompt = _first_logprobs(output.prompt_logprobs)
+    flat = output.outputs[0].logprobs
+    # The greedy token comes first, the one asked for second (they may be the same).
+    return np.append(prompt, np.float32(flat.logprobs[flat.start_indices[0] + 1]))
+
+
+def _first_logprobs(flat: Any) -> np.ndarray:
+    """The log-probability of the token itself at every position that has one, float32."""
+    if flat is None:
+        return np.empty(0, np.float32)
+    values = np.asarray(flat.logprobs, np.float32)
+    starts, ends = np.asarray(flat.start_indices, np.int64), np.asarray(flat.end_indices, np.int64)
+    return values[starts[ends > starts]]
+
+
+def _spans(starts: list[tuple[Version, int]], tokens: int) -> tuple[tuple[Version, int, int], ...]:
+    ends = [start for _, start in starts[1:]] + [tokens]
+    return tuple((version, start, end) for (version, start), end in zip(starts, ends, strict=True) if end > start)
+
+
+def _as_torch(tensor: Any) -> Any:
+    import torch
+
+    return tensor if isinstance(tensor, torch.Tensor) else torch.as_tensor(tensor)
