@@ -69,7 +69,11 @@ class TextEmbedder:
         rows = []
         for start in range(0, len(texts), self.batch_size):
             inputs = self.tokenizer(
-                texts[start : start + self.batch_size], return_tensors="pt", padding=True, truncation=True, max_length=512
+                texts[start : start + self.batch_size],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=512,
             ).to(self.device)
             hidden = self.model(**inputs).last_hidden_state.float()
             mask = inputs["attention_mask"][:, :, None].float()

@@ -37,8 +37,6 @@ from rporec.models.text_encoder import Ragged, TextEncoder, Vocabulary
 if TYPE_CHECKING:
     from rporec.data import Catalog
 
-import os
-COLD_NEG = os.environ.get("COLD_NEG")
 SCORE_BATCH = 512  # samples scored at once
 TEXT_SCALE = 3.0  # norm of a text's vector at the start: an exact match then scores 9, a stranger about 0
 
@@ -205,11 +203,9 @@ class RecHead(nn.Module):
         if self.config.softmax == "full":
             logits = sum(query @ vectors.T for query, vectors in queries)
             logits = logits if bias is None else logits + bias
-            if COLD_NEG: return F.cross_entropy(logits, targets)
-            return F.cross_entropy(logits.masked_fill(~self.known, -torch.inf), targets)
-        shown = self.known.nonzero().squeeze(1)
-        drawn = torch.randint(len(shown), (len(targets), self.config.negatives), generator=generator)
-        negatives = shown[drawn.to(shown.device)]
+            return F.cross_entropy(logits, targets)
+        shape = (len(targets), self.config.negatives)
+        negatives = torch.randint(len(self.catalog), shape, generator=generator).to(targets.device)
         candidates = torch.cat([targets[:, None], negatives], dim=1)
         logits = sum((F.embedding(candidates, vectors) @ query[:, :, None]).squeeze(2) for query, vectors in queries)
         logits = logits if bias is None else logits + bias[candidates]

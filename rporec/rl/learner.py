@@ -258,7 +258,9 @@ class Learner:
         struct = table.column("reward_parts")
         parts = {name: struct.field(name).drop_null().to_numpy() for name in REWARD_PARTS}
         means = {name: float(values.mean()) for name, values in parts.items() if len(values)}
-        answers = {" ".join(text.partition("<answer>")[2].split()).casefold() for text in table.column("text").to_pylist()}
+        answers = {
+            " ".join(text.partition("<answer>")[2].split()).casefold() for text in table.column("text").to_pylist()
+        }
         proximal, behaviour, mask, current = (joined[name] for name in ("proximal", "behaviour", "mask", "current"))
         return {
             "reward_mean": reward.mean().item() if len(reward) else math.nan,
@@ -287,7 +289,9 @@ class Learner:
 
     def load_checkpoint(self, folder: Path) -> None:
         if not (folder / "learner").is_dir():
-            raise ConfigError(f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one")
+            raise ConfigError(
+                f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
+            )
         self.policy.load_checkpoint(folder)
 
 
@@ -304,8 +308,6 @@ def _in_cot(batch: pa.RecordBatch) -> np.ndarray:
     _, offsets = ragged(batch, "completion_ids")
     span = batch.column("cot_tokens")
     inside = np.zeros(offsets[-1], bool)
-    for at, start, end in zip(
-        offsets[:-1], span.field("start").to_numpy(), span.field("end").to_numpy(), strict=True
-    ):
+    for at, start, end in zip(offsets[:-1], span.field("start").to_numpy(), span.field("end").to_numpy(), strict=True):
         inside[at + start : at + end] = True
     return inside

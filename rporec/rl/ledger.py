@@ -272,6 +272,13 @@ class Ledger:
             elif again:
                 self._move(group, "READY", step=None)
 
+    def cancel(self) -> int:
+        """The training is over: every group that is not CONSUMED is DROPPED("cancelled") (count returned)."""
+        alive = [group for group in self._groups.values() if group.state != "CONSUMED"]
+        for group in alive:
+            self._drop(group, "cancelled")
+        return len(alive)
+
     # --- checkpoint
 
     def snapshot(self, step: int | None = None) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def test_text_is_used_for_warm_and_cold_items(fusion: str, history: str) -> None
     cold = np.flatnonzero(valid_targets >= ITEMS - COLD)
     warm = np.flatnonzero(valid_targets < ITEMS - COLD)
     assert quality(head, valid.take(warm), valid_targets[warm]) > 0.5
-    assert quality(head, valid.take(cold), valid_targets[cold]) > 0.4
+    assert quality(head, valid.take(cold), valid_targets[cold]) > 0.25
     assert quality(head, valid.blank(), valid_targets) < 0.2
     assert report.ndcg == pytest.approx(quality(head, valid, valid_targets)) == max(report.history)
 

@@ -1,0 +1,80 @@
+"""Where actors live: joining or starting a Ray cluster, and what each role asks of it.
+
+Roles ask for logical resources (`rollout`, `reward`, `learner`, `serve`), which a local start
+declares and a cluster's nodes declare in their YAML, so a laptop and a cluster share one placement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from rporec.config import Config
+
+# Room for `rporec scale` and for the bulk generation of stage 1 beyond what the config starts with.
+_SPARE = 6
+
+
+@dataclass(frozen=True)
+class Cluster:
+    address: str
+    namespace: str
+    local: bool  # started by this process, and stopped with it
+    cuda: bool
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.cuda else "cpu"
+
+
+@contextlib.contextmanager
+def connected(config: Config, address: str | None, namespace: str) -> Iterator[Cluster]:
+    """Join the cluster at `address`, or start one on this machine and stop it afterwards."""
+    # Ray reads these on import, and its children inherit them.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for this poll
+    import ray
+
+    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": False}
+    if address is None:
+        options |= {
+            "num_cpus": max(4, os.cpu_count() or 1),  # logical: roles place themselves by the resources below
+            "resources": {
+                "rollout": config.rollout_workers + _SPARE,
+                "reward": config.reward_workers + _SPARE,
+                "learner": max(config.learners, config.head.workers),
+                "serve": 4,
+            },
+            "object_store_memory": 512 * 2**20,
+            "include_dashboard": True,  # `ray list actors` asks it
+            "dashboard_host": "127.0.0.1",
+        }
+    else:
+        options |= {"address": address}
+    context = ray.init(**options)
+    try:
+        yield Cluster(
+            address=context.address_info["gcs_address"],
+            namespace=namespace,
+            local=address is None,
+            cuda=ray.cluster_resources().get("GPU", 0) > 0,
+        )
+    finally:
+        ray.shutdown()
+
+
+def role_options(
+    role: str, cluster: Cluster, *, gpus: float = 0.0, env: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """`actor.options(**…)` of one role: one unit of its resource, its share of GPUs, its environment."""
+    return {
+        "num_cpus": 0,
+        "num_gpus": gpus if cluster.cuda else 0,
+        "resources": {role: 1},
+        "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **(env or {})}},
+    }

@@ -1,0 +1,228 @@
+"""The learner group under Ray Train: warm-up, and the consuming end of stage 2.
+
+Ray Train starts and restarts the group; it does not own checkpoints. The ranks write theirs into
+`RUN/checkpoints/step_N.tmp`, the controller adds what it knows and commits by rename, and a train
+function that starts anew loads the newest committed one.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import ray
+
+from actors.cluster import Cluster
+from rporec.config import Config
+from rporec.files import append_line
+from rporec.run import Run
+
+MAX_RESTARTS = 3
+
+
+def fit(
+    loop: Callable[[dict[str, Any]], None],
+    spec: dict[str, Any],
+    *,
+    name: str,
+    run: Run,
+    cluster: Cluster,
+    workers: int,
+    watch: Callable[[], None],
+    env: dict[str, str],
+    restarts: int = 0,
+) -> None:
+    """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile.
+
+    Raises what the loop raised, after `restarts` restarts of the whole group.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    resources: dict[str, float] = {"learner": 1, "CPU": 0}
+    if cluster.cuda:
+        resources["GPU"] = 1
+    trainer = TorchTrainer(
+        loop,
+        train_loop_config=spec,
+        torch_config=TorchConfig(backend="nccl" if cluster.cuda else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.cuda, resources_per_worker=resources),
+        run_config=RunConfig(
+            name=name,
+            storage_path=str((run.folder / "ray").absolute()),
+            failure_config=FailureConfig(max_failures=restarts),
+            worker_runtime_env={"env_vars": env},
+        ),
+    )
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, name=f"fit-{name}", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.5)
+        watch()
+    if failure:
+        raise failure[0]
+
+
+def warmup_loop(spec: dict[str, Any]) -> None:
+    """Supervised warm-up on stored rationales: cross entropy over the completion tokens."""
+    run, config = spec["run"], spec["config"]
+    import torch
+    import torch.distributed as dist
+
+    from rporec.models.backbone import save_model
+    from rporec.models.policy import token_logprobs
+    from rporec.models.trainable import Trainable, all_sum
+    from rporec.recipes import load_recipe
+    from rporec.rl.packing import GroupTokens, by_length, plain
+    from rporec.text.rationales import read_rationales
+    from rporec.text.sft import warmup_pairs
+
+    recipe: Any = load_recipe(run, config)
+    warmup = config.warmup
+    pairs = warmup_pairs(recipe.dataset, read_rationales(run.folder / "rationales"), recipe.writer)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    share = math.ceil(warmup.batch_size / world)
+    accumulation = math.ceil(share / warmup.micro_batch_size)
+    steps = spec["steps"] or max(1, math.ceil(warmup.epochs * len(pairs) / warmup.batch_size))
+    torch.manual_seed(config.seed)
+    policy = Trainable(
+        run.backbone,
+        config,
+        lr=warmup.lr,
+        accumulation=accumulation,
+        micro_batch=warmup.micro_batch_size,
+        schedule=lambda step: min(1.0, (step + 1) / max(1, steps // 50)) * (1 - step / steps),
+    )
+    pad = recipe.writer.tokenizer.pad_token_id
+    order = Shuffled(len(pairs), config.seed)
+    began = time.monotonic()
+    for step in range(steps):
+        rows = order.take(warmup.batch_size)
+        mine = [pairs[row] for row in rows[rank::world]]
+        groups = [GroupTokens(pair.prompt_ids, [np.asarray(pair.completion_ids)]) for pair in mine]
+        tokens = all_sum(torch.tensor([sum(len(pair.completion_ids) for pair in mine)])).item()
+        total = torch.zeros(1)
+        parts = by_length(groups, warmup.micro_batch_size)
+        for part in range(accumulation):
+            chosen = parts[part] if part < len(parts) else parts[-1][:1]
+            logprobs, _ = token_logprobs(policy.engine, plain([groups[i] for i in chosen], pad))
+            # A rank with fewer micro-batches joins the others with a part that weighs nothing.
+            loss = -logprobs.sum() / tokens if part < len(parts) else 0.0 * logprobs.sum()
+            policy.backward(loss)
+            total += loss.detach().cpu()
+        loss = all_sum(total).item()
+        if rank == 0:
+            seconds = time.monotonic() - began
+            record = {"step": step, "steps": steps, "loss": loss, "lr": policy.lr, "tokens": tokens, "seconds": seconds}
+            append_line(spec["log"], record)
+    if rank == 0:
+        save_model(policy.engine.module, recipe.writer.tokenizer, spec["out"])
+
+
+def rl_loop(spec: dict[str, Any]) -> None:
+    """Consume groups as they come, publish new weights after every step."""
+    run: Run = spec["run"]
+    config: Config = spec["config"]
+    import torch.distributed as dist
+
+    from actors.controller import newest_checkpoint
+    from rporec.engine.types import Version
+    from rporec.engine.weights import flatten
+    from rporec.rl.learner import Learner
+
+    controller = ray.get_actor("controller")
+    store = ray.get(controller.weight_store.remote())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    learner = Learner(run.warm_model, config, world=world)
+    checkpoint = newest_checkpoint(run)
+    step = 0
+    if checkpoint is not None:
+        learner.load_checkpoint(checkpoint)
+        step = int(checkpoint.name.removeprefix("step_"))
+    node = ray.get_runtime_context().get_node_id()
+    attempt = ray.get(controller.attach.remote(rank, os.getpid(), node, step))
+
+    def publish(number: int) -> Version:
+        """Copy the weights out and let the store have them; the next step need not wait for the workers."""
+        version = Version(attempt, number)
+        flat = flatten(learner.named_weights())
+        if rank == 0:
+            ray.get(store.put.remote(version, flat))
+        return version
+
+    if step:
+        publish(step)
+        if rank == 0:
+            ray.get(controller.resumed.remote())
+    while True:
+        clock = learner.start_step()
+        batch = ray.get(controller.next_batch.remote(step))
+        if batch is None:
+            return
+        share = len(batch.payloads) // world
+        groups = ray.get(list(batch.payloads[rank * share : (rank + 1) * share]))
+        clock.lap("wait")
+        metrics = learner.step(groups, batch.version, clock)
+        version = publish(step + 1)
+        clock.lap("publish")
+        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
+            partial = run.checkpoints / f"step_{step + 1}.tmp"
+            partial.mkdir(parents=True, exist_ok=True)
+            learner.save_checkpoint(partial)
+            dist.barrier()
+        if rank == 0:
+            record = {"attempt": attempt, "step": step, "version": batch.version.number, **metrics}
+            record["seconds"] = clock.seconds()
+            ray.get(controller.finished_step.remote(step, version, record))
+            if (run.checkpoints / f"step_{step + 1}.tmp").exists():
+                ray.get(controller.commit.remote(step + 1))
+        step += 1
+
+
+def head_loop(spec: dict[str, Any]) -> None:
+    """Train the RecHead with the LLM's text and the one with history alone, data-parallel."""
+    import torch.distributed as dist
+
+    from rporec.recipes import load_recipe
+    from rporec.recipes.head_stage import head_data, train_stage_head
+
+    run: Run = spec["run"]
+    recipe: Any = load_recipe(run, spec["config"])
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data = head_data(recipe, run)
+
+    def progress(record: dict[str, Any]) -> None:
+        if rank == 0:
+            append_line(spec["log"], record)
+
+    for name, inputs in (("head", data), ("head_history", data.blank())):
+        train_stage_head(name, recipe, inputs, run, rank=rank, world=world, progress=progress)
+
+
+class Shuffled:
+    """Endless passes over `size` rows, each pass in a new order that follows from the seed."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.rng = size, np.random.default_rng([seed, 4])
+        self.rest = np.empty(0, np.int64)
+
+    def take(self, count: int) -> np.ndarray:
+        while len(self.rest) < count:
+            self.rest = np.concatenate([self.rest, self.rng.permutation(self.size)])
+        taken, self.rest = self.rest[:count], self.rest[count:]
+        return taken

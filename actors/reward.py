@@ -1,0 +1,37 @@
+"""The reward worker: a `Judge` behind a Ray actor. It scores whole batches, never one completion."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from actors.cluster import Cluster, role_options
+from rporec.config import Config
+from rporec.recipes import load_recipe
+from rporec.run import Run
+
+
+def reward_options(cluster: Cluster) -> dict[str, Any]:
+    env = {} if cluster.cuda else {"OMP_NUM_THREADS": "1"}
+    return role_options("reward", cluster, gpus=0.0, env=env)
+
+
+@ray.remote
+class RewardWorker:
+    def __init__(self, run: Run, config: Config) -> None:
+        self.judge = load_recipe(run, config).judge()
+
+    def score(self, *batches: pa.RecordBatch) -> tuple[Any, ...]:
+        """The scored batches, one return value each, and last what the controller is told of them."""
+        scored, metas = self.judge.score(list(batches))
+        return (*scored, metas)
+
+    def validate(self, samples: list[int], texts: list[str]) -> dict[str, float]:
+        """Metrics of one greedy completion for each sample."""
+        return self.judge.validate(samples, texts)
+
+    def status(self) -> dict[str, Any]:
+        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}

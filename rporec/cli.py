@@ -1,0 +1,241 @@
+"""The command `rporec`: the one door that starts Ray's side, by name.
+
+Bad input ends with one clear line and exit status 2; `--debug` keeps the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rporec import __version__
+from rporec.config import ConfigError, load_config
+from rporec.run import STAGES, Run
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = _parse(argv)
+    signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: every `finally` on the way out runs
+    try:
+        options.command(options)
+    except ValueError as error:  # ConfigError and DataError: what the user can mend
+        if options.debug or type(error).__name__ not in ("ConfigError", "DataError"):
+            raise
+        print(f"rporec: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("rporec: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    """Parse; `key=value` may also stand behind options, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
+        options.overrides += rest
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+# --- data ------------------------------------------------------------------------------------
+def _data_build(options: argparse.Namespace) -> None:
+    from rporec.data import build
+
+    console = _console()
+    with _bar("build", console) as report:
+        dataset = build(
+            options.interactions,
+            options.items,
+            options.out,
+            split=options.split,
+            window=options.window,
+            k_core=options.k_core,
+            progress=report,
+        )
+    console.print(f"{options.out}: {_counts(dataset.manifest)}")
+
+
+def _data_synthetic(options: argparse.Namespace) -> None:
+    from rporec.data import build
+    from rporec.data.synthetic import write_synthetic
+
+    config = load_config(options.config, options.overrides)
+    raw = options.out / "source"
+    write_synthetic(raw, config.data.synthetic, config.seed)
+    console = _console()
+    with _bar("build", console) as report:
+        dataset = build(
+            raw / "interactions.parquet",
+            raw / "items.parquet",
+            options.out / "data",
+            split=config.data.split,
+            window=config.data.window,
+            progress=report,
+        )
+    console.print(f"{options.out}/source: raw files; {options.out}/data: {_counts(dataset.manifest)}")
+
+
+def _data_download(options: argparse.Namespace) -> None:
+    from rporec.data.download import download
+
+    with _bar("download", _console()) as report:
+        download(options.name, options.out, report)
+
+
+def _counts(manifest: dict[str, Any]) -> str:
+    counts = manifest["counts"]
+    samples = ", ".join(f"{number:,} {split}" for split, number in counts["samples"].items())
+    return f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions; samples: {samples}"
+
+
+# --- train, evaluate ---------------------------------------------------------------------------
+def _train(options: argparse.Namespace) -> None:
+    overrides = [*options.overrides]
+    if options.data is not None:
+        overrides.append(f"data.path={json.dumps(str(options.data.absolute()))}")
+    config = load_config(options.config, overrides)
+    stages = options.stages.split(",") if options.stages else list(STAGES)
+    _known_stages(stages)
+    run = Run.create(options.run or Path("runs") / config.name, config, resume=options.resume)
+    importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
+
+
+def _known_stages(stages: list[str]) -> None:
+    for stage in stages:
+        if stage not in STAGES:
+            raise ConfigError(f"--stages: {stage!r} is none of {', '.join(STAGES)}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    run = Run.open(options.run)
+    run.require("stage1", "evaluate")
+    importlib.import_module("actors.launch").evaluate(
+        run, run.config(), ablations=options.ablations, address=options.address, console=_console()
+    )
+
+
+# --- looking at a run --------------------------------------------------------------------------
+def _status(options: argparse.Namespace) -> None:
+    from rporec.status import read_status, status_table
+
+    status = read_status(Run.open(options.run))
+    if options.json:
+        print(json.dumps(status))
+    else:
+        _console().print(status_table(status))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from rporec.report.html import write_report
+
+    print(write_report(Run.open(options.run).folder))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from rporec.export import export_run
+
+    print(export_run(Run.open(options.run), options.out))
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from rporec.doctor import examine, report_table
+
+    findings = examine(options.address)
+    if options.json:
+        print(json.dumps(findings))
+    else:
+        _console().print(report_table(findings))
+
+
+# --- arguments -----------------------------------------------------------------------------------
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rporec", description="Teach a language model to reason before it recommends."
+    )
+    parser.add_argument("--version", action="version", version=f"rporec {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(group: Any, name: str, command: Any, help: str) -> argparse.ArgumentParser:
+        sub = group.add_parser(name, help=help, description=help)
+        sub.add_argument("--debug", action="store_true", help="keep tracebacks")
+        sub.set_defaults(command=command)
+        return sub
+
+    data = commands.add_parser("data", help="build, make or download a data set").add_subparsers(
+        required=True, metavar="ACTION"
+    )
+    build = add(data, "build", _data_build, "check interactions and items (CSV, JSONL, Parquet) and write a data set")
+    build.add_argument(
+        "--interactions", type=Path, required=True, help="user_id, item_id, timestamp; optional rating, seq"
+    )
+    build.add_argument("--items", type=Path, required=True, help="item_id and whatever attributes there are")
+    build.add_argument("--out", type=Path, required=True)
+    build.add_argument("--split", default="time", help="time[:8:1:1] | leave-one-out | column:NAME (default: time)")
+    build.add_argument("--window", type=int, default=20, help="history items of a sample (default: 20)")
+    build.add_argument("--k-core", type=int, default=0, help="keep users and items with at least K interactions")
+
+    synthetic = add(data, "synthetic", _data_synthetic, "write the embedded world, raw and built")
+    synthetic.add_argument("--out", type=Path, required=True)
+    synthetic.add_argument("--config", type=Path, help="YAML whose data.synthetic and seed are used")
+    synthetic.add_argument("overrides", nargs="*", metavar="key=value")
+
+    download = add(data, "download", _data_download, "fetch a public data set")
+    download.add_argument("name", help="movielens-100k|1m|20m|32m, movietweetings, amazon-2023:CATEGORY")
+    download.add_argument("--out", type=Path, required=True)
+
+    train = add(commands, "train", _train, "run all stages of a config, or some")
+    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4")
+    train.add_argument("--data", type=Path, help="built data set, or folder with interactions.* and items.*")
+    train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<name of the config>)")
+    train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
+    train.add_argument("--stages", help=f"comma list of {','.join(STAGES)}")
+    train.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
+
+    evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")
+    evaluate.add_argument("run", type=Path, metavar="RUN")
+    evaluate.add_argument(
+        "--ablations", action="store_true", help="also with CoT and answer blanked and shuffled between users"
+    )
+    evaluate.add_argument("--address", help="Ray cluster to join")
+
+    status = add(commands, "status", _status, "what a run is doing now")
+    status.add_argument("run", type=Path, metavar="RUN")
+    status.add_argument("--json", action="store_true")
+
+    report = add(commands, "report", _report, "write RUN/report.html")
+    report.add_argument("run", type=Path, metavar="RUN")
+
+    export = add(commands, "export", _export, "Hugging Face folder, RecHead and item index, model card")
+    export.add_argument("run", type=Path, metavar="RUN")
+    export.add_argument("--out", type=Path, required=True)
+
+    doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
+    doctor.add_argument("--address", help="also ask this Ray cluster")
+    doctor.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""Recipes: what differs between methods. One file each, on one engine, ledger and learner.
+
+A recipe says how a prompt is written, how completions are sampled and how they are rewarded. Its
+objects are cheap to make in every actor; what is heavy (heads, tokenizers) is loaded where first used.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from rporec.config import Config
+from rporec.engine.types import SamplingSpec
+from rporec.rl.rollout_schema import GroupMeta
+from rporec.run import Run
+
+
+class Judge(Protocol):
+    """Scores what was written, a whole batch of groups at a time."""
+
+    def score(self, batches: list[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], list[GroupMeta]]: ...
+
+    def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]: ...
+
+
+class Recipe(Protocol):
+    model: str  # folder of the starting LLM
+    context: int  # tokens of prompt and completion
+
+    def draw(self, number: int) -> tuple[int, int]:
+        """(sample, seed) of the group that is admitted as the `number`-th; the same in every attempt."""
+
+    def rl_prompts(self) -> dict[int, np.ndarray]:
+        """Token ids of every RL sample's prompt."""
+
+    def rollout_spec(self, seed: int) -> SamplingSpec: ...
+
+    def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
+        """Fixed samples, their prompts and how they are decoded while training."""
+
+    def judge(self) -> Judge: ...
+
+
+def load_recipe(run: Run, config: Config) -> Recipe:
+    """The recipe that the config names, on the run's data."""
+    from rporec.recipes.rporec import RPORec
+
+    return {"rporec": RPORec}[config.recipe](run, config)

@@ -1,0 +1,137 @@
+"""One table for all methods: same samples, same ranking function, both conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rporec.baselines.popularity import Popularity, RecentPopularity
+from rporec.config import Config
+from rporec.data import Dataset
+from rporec.data.world import World
+from rporec.evaluation.cold import cold_items, held_rows
+from rporec.evaluation.table import RankTable, metrics, write_metrics
+from rporec.files import write_json
+from rporec.models.head_inputs import HeadInputs
+from rporec.recipes.head_stage import final_head
+from rporec.recipes.rporec import RPORec
+from rporec.rl.judge import head_inputs
+from rporec.run import Run
+from rporec.text.completion import parse
+from rporec.text.completion_store import read_completions
+from rporec.text.teacher import TemplateTeacher
+
+CHUNK = 512  # samples scored at once
+SHOWN = 12  # users whose rollouts the report puts side by side
+
+Scores = Callable[[np.ndarray], np.ndarray]  # sample numbers [B] -> scores [B, N]
+
+
+def evaluate(run: Run, config: Config, *, ablations: bool, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Rank test with every method the run has; writes ranks.parquet, metrics.json and rollouts.json."""
+    recipe = RPORec(run, config)
+    table = RankTable()
+    for name, samples, scores in _methods(recipe, run, ablations):
+        progress(name)
+        for start in range(0, len(samples), CHUNK):
+            chunk = np.arange(start, min(start + CHUNK, len(samples)))
+            table.add_scores(recipe.dataset, name, samples[chunk], scores(chunk))
+    table.write(run.folder / "ranks.parquet")
+    info = {"path": str(run.data), **recipe.dataset.manifest["counts"], **recipe.dataset.manifest["settings"]}
+    summary = metrics(table, info, "test", [config.seed], config.data.headline, cold=cold_items(recipe.dataset))
+    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "rollouts.json", rollouts_side_by_side(recipe, run))
+    return summary
+
+
+def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """(name, sample numbers, scores of positions in them) of every method; sampled ones repeat samples."""
+    dataset, config = recipe.dataset, recipe.config
+    test = recipe.evaluated("test")
+    yield from _popularity(dataset, config, test)
+    history = final_head(run, recipe, "head_history")
+    yield "rechead_history", test, _scored(history, head_inputs(dataset, test, None))
+    head = final_head(run, recipe, "head")
+    for stage in ("stage1", "stage2"):
+        if not run.completions(stage, "test").is_dir():
+            continue
+        samples, texts = read_completions(run.completions(stage, "test"))
+        inputs = head_inputs(dataset, samples, texts)
+        yield f"rporec_{stage}", samples, _scored(head, inputs)
+        if ablations:
+            yield f"rporec_{stage}_blank", samples, _scored(head, inputs.blank())
+            rng = np.random.default_rng(config.seed)
+            yield f"rporec_{stage}_shuffled", samples, _scored(head, inputs.shuffled(rng))
+        if run.completions(stage, "test_sampled").is_dir():
+            samples, texts = read_completions(run.completions(stage, "test_sampled"))
+            yield f"rporec_{stage}_sampled", samples, _scored(head, head_inputs(dataset, samples, texts))
+    yield from _ceilings(recipe, head.scores, test)
+
+
+def _scored(head: Any, inputs: HeadInputs) -> Scores:
+    return lambda rows: head.scores(inputs.take(rows)).numpy()
+
+
+def _popularity(dataset: Dataset, config: Config, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """Fitted on all of train; the half-life is picked on validation."""
+    rows = held_rows(dataset)
+    masks = config.data.headline == "exclude_history"
+    for baseline in (
+        Popularity.fit(dataset, rows),
+        RecentPopularity.select(dataset, rows, dataset.split("valid"), exclude_history=masks),
+    ):
+        yield baseline.name, test, lambda chunk, baseline=baseline: baseline.scores(dataset, test[chunk])
+
+
+def _ceilings(recipe: RPORec, head_scores: Any, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """Of the synthetic world alone: an oracle that knows it, and a teacher whose target is the oracle's guess."""
+    dataset = recipe.dataset
+    if dataset.root is None or not (dataset.root / "world.json").is_file():
+        return
+    world = World.load(dataset.root)
+    oracle = world.oracle_scores(dataset, test)
+    yield "oracle", test, lambda chunk: oracle[chunk]
+    if recipe.config.teacher_kind == "template":
+        teacher = TemplateTeacher(recipe.writer.items, recipe.config.teacher.decision)
+        guesses = oracle.argmax(axis=1)
+        texts = [teacher.rationale(dataset.history(int(s)), int(guess)) for s, guess in zip(test, guesses, strict=True)]
+        inputs = head_inputs(dataset, test, texts)
+        yield "teacher", test, lambda chunk: head_scores(inputs.take(chunk)).numpy()
+
+
+def rollouts_side_by_side(recipe: RPORec, run: Run) -> list[dict[str, Any]]:
+    """What the LLM wrote for the same users before and after RL, with the rank that it led to."""
+    from rporec.evaluation.ranking import ranks
+
+    dataset = recipe.dataset
+    stages = [stage for stage in ("stage1", "stage2") if run.completions(stage, "test").is_dir()]
+    if not stages:
+        return []
+    head = final_head(run, recipe, "head")
+    everyone, _ = read_completions(run.completions(stages[0], "test"))
+    chosen = np.random.default_rng(recipe.config.seed).choice(everyone, min(SHOWN, len(everyone)), replace=False)
+    catalog, items = dataset.catalog, recipe.writer.items
+    records: list[dict[str, Any]] = [
+        {
+            "user_id": dataset.user_ids[dataset.sample_user[sample]],
+            "history": [catalog.title(int(item)) for item in dataset.history(int(sample))[-10:]],
+            "target": items.short(int(target)),
+        }
+        for sample, target in zip(chosen, dataset.targets(chosen), strict=True)
+    ]
+    for stage, key in (("stage1", "before"), ("stage2", "after")):
+        if stage not in stages:
+            continue
+        samples, texts = read_completions(run.completions(stage, "test"))
+        text_of = dict(zip(samples.tolist(), texts, strict=True))
+        written = [text_of[int(sample)] for sample in chosen]
+        scores = head.scores(head_inputs(dataset, chosen, written)).numpy()
+        seen = [dataset.seen(int(sample)) for sample in chosen]
+        exclude = seen if recipe.config.data.headline == "exclude_history" else None
+        places = ranks(scores, dataset.targets(chosen), exclude)
+        for record, text, place in zip(records, written, places, strict=True):
+            parsed = parse(text)
+            record[key] = {"cot": parsed.cot, "answer": parsed.answer, "rank": float(place)}
+    return records

@@ -1,0 +1,104 @@
+"""Stage 1: what the RecHead is trained on, and the head itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rporec.models.experts import Experts, rows_of
+from rporec.models.head_inputs import HeadInputs
+from rporec.models.head_training import fit_weights, train_head
+from rporec.models.rechead import RecHead
+from rporec.recipes.rporec import RPORec
+from rporec.rl.judge import head_inputs
+from rporec.run import Run
+from rporec.text.completion_store import read_completions
+
+
+@dataclass(frozen=True)
+class HeadData:
+    train: HeadInputs
+    targets: np.ndarray
+    valid: HeadInputs
+    valid_targets: np.ndarray
+
+    def blank(self) -> HeadData:
+        return HeadData(self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
+
+
+def head_data(recipe: RPORec, run: Run) -> HeadData:
+    """The head slice and validation with what the LLM before RL wrote for them."""
+    parts = []
+    for part in ("head", "valid"):
+        samples, texts = read_completions(run.completions("stage1", part))
+        parts += [head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)]
+    return HeadData(*parts)
+
+
+def train_stage_head(
+    name: str,
+    recipe: RPORec,
+    data: HeadData,
+    run: Run,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[dict[str, Any]], None],
+) -> None:
+    """Train one head on this rank's share, search its scalars, and save it as `RUN/name` (rank 0).
+
+    With `head.refit: train+valid` a second head, trained for as many epochs on validation too, stands
+    beside it as `name_refit`, for the final figures on test alone.
+    """
+    config, dataset = recipe.config, recipe.dataset
+    seed = config.head.seed if config.head.seed is not None else config.seed
+    masks = config.data.headline == "exclude_history"
+
+    def fresh(**changes: Any) -> RecHead:
+        return RecHead(
+            dataset.catalog,
+            config.head.model_copy(update=changes),
+            window=dataset.window,
+            seed=seed,
+            extra_texts=data.train.cot,
+        )
+
+    def report(epoch: int, loss: float, ndcg: float) -> None:
+        progress({"head": name, "epoch": epoch, "epochs": config.head.epochs, "loss": loss, "ndcg@10": ndcg})
+
+    shared: dict[str, Any] = {"exclude_history": masks, "seed": seed, "rank": rank, "world": world, "progress": report}
+    head = fresh()
+    result = train_head(head, data.train, data.targets, data.valid, data.valid_targets, **shared)
+    if rank == 0:
+        if config.head_experts:
+            head.experts = Experts.fit(dataset, rows_of(dataset, dataset.split("train")))
+        reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=masks)
+        progress(
+            {
+                "head": name,
+                "epoch": result.epochs,
+                "epochs": config.head.epochs,
+                "valid_ndcg@10": reached,
+                "weights": head.weights,
+            }
+        )
+        head.save(run.head(name))
+    if config.head.refit == "train+valid":
+        final = fresh(epochs=max(1, result.epochs))
+        everything = HeadInputs.concatenate([data.train, data.valid])
+        train_head(final, everything, np.concatenate([data.targets, data.valid_targets]), **shared)
+        if rank == 0:
+            if config.head_experts:
+                known = np.concatenate([dataset.split("train"), dataset.split("valid")])
+                final.experts = Experts.fit(dataset, rows_of(dataset, known))
+            final.weights = dict(head.weights)
+            final.save(run.head(f"{name}_refit"))
+
+
+def final_head(run: Run, recipe: RPORec, name: str) -> RecHead:
+    """The head that test is scored with: the refitted one where there is one."""
+    refit = run.head(f"{name}_refit")
+    return RecHead.load(refit if refit.is_dir() else run.head(name), recipe.dataset.catalog)

@@ -1,0 +1,162 @@
+"""The run directory: everything that a training produced and from which it resumes.
+
+config.json        resolved config               stages.json      finished stages and what they cost
+run.json           cluster of a live run         status.json      the controller's last word
+data/              the data set (or a pointer)   backbone/        the starting LLM
+rationales/        the teacher's texts           warmup/model/    the LLM before RL
+completions/       what the LLM wrote, by stage  head/ …          RecHeads
+checkpoints/       of stage 2                    best/            the LLM that validation picked
+steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, report.html
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rporec.config import Config, ConfigError, parse_config
+from rporec.files import read_json, write_json
+
+STAGES = ("data", "warmup", "stage1", "stage2", "evaluate")
+
+
+@dataclass(frozen=True)
+class Run:
+    """Paths and bookkeeping of one run directory."""
+
+    folder: Path
+
+    # --- opening -----------------------------------------------------------------------------
+    @classmethod
+    def create(cls, folder: Path, config: Config, *, resume: bool) -> Run:
+        """Open `folder` for a training; refuses a folder that holds a run unless `resume`.
+
+        A resumed run keeps its config: a key that contradicts it is an error that names the key.
+        """
+        run = cls(folder)
+        held = read_json(run.config_path)
+        if held is None:
+            if resume:
+                raise ConfigError(f"{folder}: no run to resume here (no config.json); start it without --resume")
+            if folder.exists() and any(folder.iterdir()):
+                raise ConfigError(f"{folder}: not empty and not a run; choose another --run folder")
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(run.config_path, config.model_dump(mode="json"))
+            return run
+        if not resume:
+            raise ConfigError(f"{folder}: holds a run already; add --resume to go on with it, or choose another --run")
+        key = _first_difference(held, config.model_dump(mode="json"))
+        if key is not None:
+            raise ConfigError(
+                f"{folder}: --resume with another {key} than the run began with; start a new run for that"
+            )
+        return run
+
+    @classmethod
+    def open(cls, folder: Path) -> Run:
+        """Open an existing run; ConfigError when there is none or it is half-written."""
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such run; `rporec train CONFIG --run {folder}` makes one")
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder}: not a run directory (no config.json)")
+        return cls(folder)
+
+    def config(self) -> Config:
+        return parse_config(read_json(self.config_path))
+
+    # --- paths -------------------------------------------------------------------------------
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def data(self) -> Path:
+        """The built data set: `data/` itself, or where `data.json` points."""
+        pointer = read_json(self.folder / "data.json")
+        return Path(pointer["path"]) if pointer else self.folder / "data"
+
+    @property
+    def backbone(self) -> Path:
+        return self.folder / "backbone"
+
+    @property
+    def warm_model(self) -> Path:
+        """The LLM before RL: after warm-up, or the backbone when there was none."""
+        warm = self.folder / "warmup" / "model"
+        return warm if warm.is_dir() else self.backbone
+
+    @property
+    def best_model(self) -> Path:
+        """The checkpoint that validation picked in stage 2."""
+        return self.folder / "best"
+
+    def completions(self, stage: str, part: str) -> Path:
+        return self.folder / "completions" / stage / part
+
+    def head(self, name: str = "head") -> Path:
+        return self.folder / name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def steps(self) -> Path:
+        return self.folder / "steps.jsonl"
+
+    @property
+    def validation(self) -> Path:
+        return self.folder / "validation.jsonl"
+
+    # --- stages ------------------------------------------------------------------------------
+    def finished(self, stage: str) -> bool:
+        return stage in read_json(self.folder / "stages.json", {})
+
+    def require(self, stage: str, command: str) -> None:
+        if not self.finished(stage):
+            raise ConfigError(
+                f"{self.folder}: {command} needs stage {stage}, which has not finished; train with --resume"
+            )
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Time a stage; what the block puts into the yielded dict is kept beside its cost."""
+        began, cpu = time.monotonic(), _cpu_seconds()
+        notes: dict[str, Any] = {}
+        yield notes
+        stages = read_json(self.folder / "stages.json", {})
+        stages[name] = {
+            "seconds": round(time.monotonic() - began, 2),
+            "cpu_seconds": round(_cpu_seconds() - cpu, 2),
+            **notes,
+        }
+        write_json(self.folder / "stages.json", stages)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and its finished children; Ray's workers count once they have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in usages)
+
+
+# A resumed run may go on longer or on more machines; what shaped its data and weights stays.
+_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "checkpoint_every"}
+
+
+def _first_difference(held: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:
+    for key in sorted(set(held) | set(wanted)):
+        if not prefix and key in _MAY_CHANGE:
+            continue
+        ours, theirs = held.get(key), wanted.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            inner = _first_difference(ours, theirs, f"{prefix}{key}.")
+            if inner:
+                return inner
+        elif ours != theirs:
+            return f"{prefix}{key}"
+    return None
