@@ -150,7 +150,7 @@ class Controller:
             while (groups := self.ledger.take_step()) is None:
                 self.room.set()  # what was dropped as stale leaves room
                 await _signal(self.scored)
-            self.metas.extend(group.meta for group in groups)
+            self.metas.extend(group.meta for group in groups if group.meta is not None)
             self._batch(step).set_result(Batch(step, self.ledger.version, tuple(group.payload for group in groups)))
             while self.step == step:
                 await _signal(self.stepped_on)
@@ -318,7 +318,7 @@ class Controller:
     # --- inside ------------------------------------------------------------------------------
     def _open_ledger(self) -> Ledger:
         """A new ledger, or that of the newest checkpoint when the run is resumed."""
-        settings = {
+        settings: dict[str, Any] = {
             "max_staleness": self.config.max_staleness,
             "groups_per_step": self.config.groups_per_step,
             "max_tries": self.config.rl.max_tries,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import ray
 
@@ -29,7 +30,7 @@ class RewardWorker:
         scored, metas = self.judge.score(list(batches))
         return (*scored, metas)
 
-    def validate(self, samples: list[int], texts: list[str]) -> dict[str, float]:
+    def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]:
         """Metrics of one greedy completion for each sample."""
         return self.judge.validate(samples, texts)
 

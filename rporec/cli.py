@@ -6,10 +6,12 @@ Bad input ends with one clear line and exit status 2; `--debug` keeps the traceb
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import signal
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +58,15 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console()
+
+
+@contextlib.contextmanager
+def _bar(name: str, console: Console) -> Iterator[Callable[[str, int, int | None], None]]:
+    """A progress bar as `build` and `download` report to it: (stage, done, total)."""
+    from rporec.report.live import progress
+
+    with progress(name, console=console) as bar:
+        yield lambda stage, done, total: bar.update(done, total=total, description=f"{name}: {stage}")
 
 
 # --- data ------------------------------------------------------------------------------------

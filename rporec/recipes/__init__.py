@@ -27,7 +27,10 @@ class Judge(Protocol):
 
 class Recipe(Protocol):
     model: str  # folder of the starting LLM
-    context: int  # tokens of prompt and completion
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and completion together."""
 
     def draw(self, number: int) -> tuple[int, int]:
         """(sample, seed) of the group that is admitted as the `number`-th; the same in every attempt."""

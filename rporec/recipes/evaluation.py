@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rporec.baselines.popularity import Popularity, RecentPopularity
+from rporec.baselines.popularity import Baseline, Popularity, RecentPopularity
 from rporec.config import Config
 from rporec.data import Dataset
 from rporec.data.world import World
@@ -74,6 +74,10 @@ def _scored(head: Any, inputs: HeadInputs) -> Scores:
     return lambda rows: head.scores(inputs.take(rows)).numpy()
 
 
+def _by(baseline: Baseline, dataset: Dataset, samples: np.ndarray) -> Scores:
+    return lambda rows: baseline.scores(dataset, samples[rows])
+
+
 def _popularity(dataset: Dataset, config: Config, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
     """Fitted on all of train; the half-life is picked on validation."""
     rows = held_rows(dataset)
@@ -82,7 +86,7 @@ def _popularity(dataset: Dataset, config: Config, test: np.ndarray) -> Iterator[
         Popularity.fit(dataset, rows),
         RecentPopularity.select(dataset, rows, dataset.split("valid"), exclude_history=masks),
     ):
-        yield baseline.name, test, lambda chunk, baseline=baseline: baseline.scores(dataset, test[chunk])
+        yield baseline.name, test, _by(baseline, dataset, test)
 
 
 def _ceilings(recipe: RPORec, head_scores: Any, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:

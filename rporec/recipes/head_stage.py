@@ -31,11 +31,14 @@ class HeadData:
 
 def head_data(recipe: RPORec, run: Run) -> HeadData:
     """The head slice and validation with what the LLM before RL wrote for them."""
-    parts = []
-    for part in ("head", "valid"):
-        samples, texts = read_completions(run.completions("stage1", part))
-        parts += [head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)]
-    return HeadData(*parts)
+    train, targets = _part(recipe, run, "head")
+    valid, valid_targets = _part(recipe, run, "valid")
+    return HeadData(train, targets, valid, valid_targets)
+
+
+def _part(recipe: RPORec, run: Run, part: str) -> tuple[HeadInputs, np.ndarray]:
+    samples, texts = read_completions(run.completions("stage1", part))
+    return head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)
 
 
 def train_stage_head(

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ class Learner:
         totals: losses.Totals,
         threshold: float,
     ) -> losses.Loss:
-        assert batch.proximal is not None and batch.entropy is not None
+        assert batch.proximal is not None
+        assert batch.entropy is not None
         owner = batch.packed.owner
         return losses.policy_loss(
             logprobs,
@@ -299,7 +301,7 @@ def _group_tokens(group: pa.RecordBatch) -> GroupTokens:
     values, offsets = ragged(group, "completion_ids")
     prompt, prompt_offsets = ragged(group, "prompt_ids")
     return GroupTokens(
-        prompt[: prompt_offsets[1]], [values[a:b] for a, b in zip(offsets[:-1], offsets[1:], strict=True)]
+        prompt[: prompt_offsets[1]], [values[a:b] for a, b in pairwise(offsets)]
     )
 
 
