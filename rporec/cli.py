@@ -13,10 +13,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rporec import __version__
-from rporec.config import ConfigError, load_config
+from rporec.config import Config, ConfigError, load_config
 from rporec.run import STAGES, Run
 
 if TYPE_CHECKING:
@@ -27,16 +27,34 @@ def main(argv: list[str] | None = None) -> int:
     options = _parse(argv)
     signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: every `finally` on the way out runs
     try:
-        options.command(options)
-    except ValueError as error:  # ConfigError and DataError: what the user can mend
-        if options.debug or type(error).__name__ not in ("ConfigError", "DataError"):
+        return options.command(options) or 0
+    except (ValueError, OSError) as error:
+        message = _mendable(error)
+        if options.debug or message is None:
             raise
-        print(f"rporec: {error}", file=sys.stderr)
+        print(f"rporec: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("rporec: stopped; --resume goes on from the last checkpoint", file=sys.stderr)
+        hint = "; --resume goes on from the last checkpoint" if options.command is _train else ""
+        print(f"rporec: stopped{hint}", file=sys.stderr)
         return 130
-    return 0
+
+
+def _mendable(error: Exception) -> str | None:
+    """The message of a fault in what the user brought: config, data, a path, an address; None for others."""
+    inner = getattr(error, "cause", None) or error  # what an actor raised arrives wrapped
+    if type(inner).__name__ in ("ConfigError", "DataError"):
+        return str(inner)
+    here = isinstance(error, OSError) and type(error).__module__ == "builtins"
+    if here and (getattr(error, "filename", None) is not None or isinstance(error, ConnectionError)):
+        return f"{error}; --debug shows where"
+    return None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of the usage of every option."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 def _parse(argv: list[str] | None) -> argparse.Namespace:
@@ -73,8 +91,7 @@ def _bar(name: str, console: Console) -> Iterator[Callable[[str, int, int | None
 def _data_build(options: argparse.Namespace) -> None:
     from rporec.data import build
 
-    console = _console()
-    with _bar("build", console) as report:
+    with _bar("build", _console()) as report:
         dataset = build(
             options.interactions,
             options.items,
@@ -84,18 +101,19 @@ def _data_build(options: argparse.Namespace) -> None:
             k_core=options.k_core,
             progress=report,
         )
-    console.print(f"{options.out}: {_counts(dataset.manifest)}")
+    print(f"{options.out}: {_counts(dataset.manifest)}")
 
 
 def _data_synthetic(options: argparse.Namespace) -> None:
     from rporec.data import build
+    from rporec.data.folder import check_free
     from rporec.data.synthetic import write_synthetic
 
     config = load_config(options.config, options.overrides)
     raw = options.out / "source"
+    check_free(options.out / "data")
     write_synthetic(raw, config.data.synthetic, config.seed)
-    console = _console()
-    with _bar("build", console) as report:
+    with _bar("build", _console()) as report:
         dataset = build(
             raw / "interactions.parquet",
             raw / "items.parquet",
@@ -104,7 +122,7 @@ def _data_synthetic(options: argparse.Namespace) -> None:
             window=config.data.window,
             progress=report,
         )
-    console.print(f"{options.out}/source: raw files; {options.out}/data: {_counts(dataset.manifest)}")
+    print(f"{options.out}/source: raw files; {options.out}/data: {_counts(dataset.manifest)}")
 
 
 def _data_download(options: argparse.Namespace) -> None:
@@ -127,15 +145,32 @@ def _train(options: argparse.Namespace) -> None:
         overrides.append(f"data.path={json.dumps(str(options.data.absolute()))}")
     config = load_config(options.config, overrides)
     stages = options.stages.split(",") if options.stages else list(STAGES)
-    _known_stages(stages)
-    run = Run.create(options.run or Path("runs") / config.name, config, resume=options.resume)
+    run = Run(options.run or Path("runs") / config.name)
+    _check_stages(stages, run)
+    _check_inputs(config)
+    Run.create(run.folder, config, resume=options.resume)
     importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
 
 
-def _known_stages(stages: list[str]) -> None:
+def _check_stages(stages: list[str], run: Run) -> None:
     for stage in stages:
         if stage not in STAGES:
             raise ConfigError(f"--stages: {stage!r} is none of {', '.join(STAGES)}")
+        for earlier in STAGES[: STAGES.index(stage)]:
+            if earlier != "stage2" and earlier not in stages and not run.finished(earlier):  # evaluate can do without
+                raise ConfigError(f"--stages: {stage} needs {earlier}, which {run.folder} has not finished; add it")
+
+
+def _check_inputs(config: Config) -> None:
+    """What a stage would stumble over an hour later."""
+    from rporec.data import find_sources, is_built
+
+    if config.data.path is not None and not is_built(config.data.path):
+        find_sources(config.data.path)
+    if config.reward.custom is not None:
+        from rporec.rl.rewards import load_custom
+
+        load_custom(config.reward.custom)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -169,21 +204,20 @@ def _export(options: argparse.Namespace) -> None:
     print(export_run(Run.open(options.run), options.out))
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> int:
     from rporec.doctor import examine, report_table
 
-    findings = examine(options.address)
+    report = examine(options.address)
     if options.json:
-        print(json.dumps(findings))
+        print(json.dumps(report))
     else:
-        _console().print(report_table(findings))
+        _console().print(report_table(report))
+    return 0 if report["can_run"] else 2
 
 
 # --- arguments -----------------------------------------------------------------------------------
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="rporec", description="Teach a language model to reason before it recommends."
-    )
+    parser = Parser(prog="rporec", description="Teach a language model to reason before it recommends.")
     parser.add_argument("--version", action="version", version=f"rporec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -209,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     synthetic = add(data, "synthetic", _data_synthetic, "write the embedded world, raw and built")
     synthetic.add_argument("--out", type=Path, required=True)
     synthetic.add_argument("--config", type=Path, help="YAML whose data.synthetic and seed are used")
-    synthetic.add_argument("overrides", nargs="*", metavar="key=value")
+    synthetic.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
     download = add(data, "download", _data_download, "fetch a public data set")
     download.add_argument("name", help="movielens-100k|1m|20m|32m, movietweetings, amazon-2023:CATEGORY")
@@ -217,7 +251,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add(commands, "train", _train, "run all stages of a config, or some")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4")
     train.add_argument("--data", type=Path, help="built data set, or folder with interactions.* and items.*")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<name of the config>)")
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR")

@@ -15,13 +15,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+VLLM_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of its attention on CPU
+
 
 class ConfigError(ValueError):
     """A config that cannot run; the message is one line that names the key and the way out."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SyntheticConfig(Section):
@@ -30,7 +32,7 @@ class SyntheticConfig(Section):
     users: int = Field(1500, ge=2)
     series: int = Field(120, ge=4)
     volumes: int = Field(6, ge=2)
-    genres: int = Field(12, ge=2)
+    genres: int = Field(12, ge=2, le=20)
     studios: int = Field(30, ge=1)
     length: int = Field(14, ge=3)  # mean interactions of a user
 
@@ -243,11 +245,25 @@ class Config(Section):
             raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")
         if self.slices.warmup + self.slices.head + self.slices.rl > 1 + 1e-9:
             raise ValueError("slices: warmup + head + rl is more than 1")
-        if self.tiny.hidden % self.tiny.heads or self.tiny.heads % self.tiny.kv_heads:
-            raise ValueError("tiny: hidden must divide by heads, and heads by kv_heads")
+        if self.tiny_backbone:
+            self._check_tiny()
+        for name, bounds in (("icepop", self.rl.icepop), ("sequence_mask", self.rl.sequence_mask)):
+            if bounds is not None and not 0 <= bounds[0] < bounds[1]:
+                raise ValueError(f"rl.{name}: {list(bounds)} is no interval; write [low, high] with 0 <= low < high")
         if self.head.dim % self.head.heads:
             raise ValueError("head: dim must divide by heads")
         return self
+
+    def _check_tiny(self) -> None:
+        shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)
+        if shape.hidden % shape.heads or shape.heads % shape.kv_heads:
+            raise ValueError("tiny: hidden must divide by heads, and heads by kv_heads")
+        width = shape.hidden // shape.heads
+        if self.engine.kind == "vllm" and width not in VLLM_HEAD_WIDTHS:
+            known = ", ".join(map(str, VLLM_HEAD_WIDTHS))
+            raise ValueError(f"tiny: hidden / heads is {width}, and vLLM has attention for {known}; change tiny.heads")
+        if longest >= shape.context:
+            raise ValueError(f"tiny.context: {shape.context} tokens leave no prompt beside max_tokens: {longest}")
 
 
 def load_config(path: Path | str | None, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
@@ -271,7 +287,10 @@ def load_config(path: Path | str | None, overrides: list[str] = ()) -> Config:  
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"{override!r}: an override is key=value, with dots for sections (rl.lr=1e-4)")
-        _assign(raw, key.split("."), yaml.safe_load(value))
+        try:
+            _assign(raw, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
     return parse_config(raw)
 
 
@@ -285,7 +304,9 @@ def parse_config(raw: dict[str, Any]) -> Config:
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for part in path[:-1]:
-        child = tree.setdefault(part, {})
+        if tree.get(part) is None:  # `rl:` with every key below it commented out
+            tree[part] = {}
+        child = tree[part]
         if not isinstance(child, dict):
             raise ConfigError(f"{'.'.join(path)}: {part} is a value, not a section")
         tree = child
@@ -301,6 +322,8 @@ def _one_line(error: ValidationError) -> str:
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"{key}: unknown config key; {hint}"
+    if first["type"] == "model_type":
+        return f"{key}: a section with keys, such as {_keys_at(location)[0]}; fill it or leave it out"
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message

@@ -10,26 +10,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rporec.config import ConfigError
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path (file or folder) that takes `path`'s place when the block succeeds.
 
-    An existing folder at `path` is removed first; on an exception the temporary is removed and
-    `path` stays as it was.
+    On an exception the temporary is removed and `path` stays as it was. A folder that was there
+    moves aside before it is deleted, so that a crash leaves no half of it under its own name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)  # of a crashed process with the same number, as containers have them
+    if path.exists():
+        _remove(old)
     try:
         yield temporary
         if path.is_dir():
-            shutil.rmtree(path)
+            os.replace(path, old)
         os.replace(temporary, path)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
+        if old.exists() and not path.exists():
+            os.replace(old, path)
+        _remove(old)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,27 +51,33 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any = None) -> Any:
-    """The file's value, or `default` when there is no such file."""
+    """The file's value, or `default` when there is no such file. ConfigError when it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_bytes())
     except FileNotFoundError:
         return default
+    except ValueError as error:
+        raise ConfigError(f"{path}: damaged, not valid JSON ({error}); restore it or start a new run") from None
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Append one JSON line with a single write, so that a reader never sees half of it."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    """Append one JSON line; after a line that a crash cut off, on a line of its own."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """All JSON lines of a file; [] when there is none; a torn last line is left out."""
+    """All JSON lines of a file; [] when there is none; a line that a crash cut off is left out."""
     if not path.exists():
         return []
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        except ValueError:  # torn, perhaps in the middle of a character; the last is empty
+            continue
     return records

@@ -50,7 +50,7 @@ class Run:
             return run
         if not resume:
             raise ConfigError(f"{folder}: holds a run already; add --resume to go on with it, or choose another --run")
-        key = _first_difference(held, config.model_dump(mode="json"))
+        key = _first_difference(run.config().model_dump(mode="json"), config.model_dump(mode="json"))
         if key is not None:
             raise ConfigError(
                 f"{folder}: --resume with another {key} than the run began with; start a new run for that"
@@ -67,7 +67,12 @@ class Run:
         return cls(folder)
 
     def config(self) -> Config:
-        return parse_config(read_json(self.config_path))
+        """What the run began with. Raises ConfigError when it is damaged or of another version's making."""
+        held = read_json(self.config_path)
+        try:
+            return parse_config(held)
+        except ConfigError as error:
+            raise ConfigError(f"{self.config_path}: {error}") from None
 
     # --- paths -------------------------------------------------------------------------------
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from rporec.files import read_json, read_lines
@@ -50,5 +51,5 @@ def status_table(status: dict[str, Any]) -> Table:
             actor["role"], f"{actor['name']}: {actor['state']}, pid {actor['pid']}, node {actor['node'][:12]}"
         )
     if status.get("failure"):
-        table.add_row("failure", status["failure"])
+        table.add_row("failure", escape(status["failure"]))
     return table

@@ -19,7 +19,8 @@ HALF_LIVES = (1 / 300, 1 / 100, 1 / 30, 1 / 10, 1 / 3, 1.0)  # of the time that 
 class Baseline(Protocol):
     """A fitted recommender. `name` is its row in the table."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def scores(self, dataset: Dataset, samples: np.ndarray) -> np.ndarray:
         """Finite scores of the whole catalogue for each sample, [B, N]; may be a read-only view."""

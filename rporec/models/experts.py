@@ -221,7 +221,9 @@ def search_weights(
     found = [_ascend(start, table, absent, value, sweeps) for start in (alone, np.ones(len(table)))]
     weights = max(found, key=lambda pair: pair[1])[0] / np.where(units > 0, units, np.inf)
     weights /= weights[weights > 0].max() if weights.any() else 1
-    total = sum(np.float32(weight) * part for weight, part in zip(weights, components.values(), strict=True))
+    total = np.zeros(next(iter(components.values())).shape, dtype=np.float32)
+    for weight, part in zip(weights, components.values(), strict=True):
+        total += np.float32(weight) * part
     best = float(ndcg(ranks(total, targets, exclude), 10).mean())
     return {name: float(weight) for name, weight in zip(components, weights, strict=True)}, best
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional as F
 
@@ -324,7 +324,7 @@ class RecHead(nn.Module):
         }
         with replacing(Path(folder)) as temporary:
             temporary.mkdir()
-            save_file(tensors, temporary / "head.safetensors")
+            (temporary / "head.safetensors").write_bytes(save(tensors))
             (temporary / "head.json").write_text(json.dumps(description, ensure_ascii=False), encoding="utf-8")
 
     @classmethod

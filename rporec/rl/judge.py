@@ -20,7 +20,7 @@ from rporec.models.rechead import RecHead
 from rporec.rl import rewards
 from rporec.rl.rollout_schema import GroupMeta, completions, group_meta, split_groups, with_rewards
 from rporec.run import Run
-from rporec.text.completion import parse
+from rporec.text.completion import Completion, parse
 from rporec.text.prompt import ItemWriter
 from rporec.text.teacher import statements
 
@@ -44,6 +44,42 @@ def head_inputs(dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Se
     )
 
 
+def score_completions(
+    head: RecHead,
+    dataset: Dataset,
+    config: Config,
+    samples: np.ndarray,
+    written: Sequence[Completion],
+    *,
+    summaries: Sequence[str | None] | None = None,
+    embed: rewards.Embed | None = None,
+    custom: rewards.Custom | None = None,
+) -> rewards.Scored:
+    """Rewards, but for the entropy term, of one completion for each sample; one pass of the head.
+
+    What RL and the environments pay. summaries, embed, custom: as `rewards.score` takes them.
+    """
+    samples = np.asarray(samples, np.int64)
+    targets = dataset.targets(samples)
+    reward = config.reward
+    candidates = None
+    if reward.candidates == "sampled":
+        candidates = rewards.sampled_candidates(
+            targets, samples, len(dataset.catalog), negatives=reward.negatives, seed=config.seed
+        )
+    return rewards.score(
+        head.scores(head_inputs(dataset, samples, [one.text for one in written])).numpy(),
+        targets,
+        [dataset.seen(int(sample)) for sample in samples] if reward.mask_history else None,
+        written,
+        rewards.weights_for(reward, tiny=config.tiny_backbone),
+        summaries=summaries,
+        embed=embed,
+        candidates=candidates,
+        custom=custom,
+    )
+
+
 class HeadJudge:
     """Scores completions by where the RecHead ranks the target; one object for reward and validation."""
 
@@ -57,22 +93,22 @@ class HeadJudge:
     def score(self, batches: list[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], list[GroupMeta]]:
         """Fill the reward columns of unscored groups; all of them in one pass of the head."""
         batch = pa.concat_batches(batches)
-        samples = batch.column("sample").to_numpy()
-        written = completions(batch)
-        scores = self.reward_head.scores(head_inputs(self.dataset, samples, [one.text for one in written])).numpy()
-        scored = rewards.score(
-            scores,
-            self.dataset.targets(samples),
-            [self.dataset.seen(int(sample)) for sample in samples] if self.config.reward.mask_history else None,
-            written,
-            self._weights,
-            summaries=self._summaries([one.cot for one in written]),
-            embed=self._embed,
-            candidates=self._candidates(samples),
-            custom=self.custom,
-        )
+        scored = self.score_completions(self.reward_head, batch.column("sample").to_numpy(), completions(batch))
         groups = split_groups(with_rewards(batch, scored))
         return groups, [group_meta(group, self.habits(group)) for group in groups]
+
+    def score_completions(self, head: RecHead, samples: np.ndarray, written: Sequence[Completion]) -> rewards.Scored:
+        """`score_completions` by one of this judge's heads, with the run's summaries, embedder and own reward."""
+        return score_completions(
+            head,
+            self.dataset,
+            self.config,
+            samples,
+            written,
+            summaries=self._summaries([one.cot for one in written]),
+            embed=self._embed,
+            custom=self.custom,
+        )
 
     def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]:
         """NDCG and hit rate at 10 of one completion for each sample, in the headline's convention."""
@@ -135,14 +171,3 @@ class HeadJudge:
 
     def _summaries(self, thoughts: list[str]) -> list[str | None] | None:
         return None if self._summarizer is None else self._summarizer(thoughts)
-
-    def _candidates(self, samples: np.ndarray) -> np.ndarray | None:
-        if self.config.reward.candidates == "catalogue":
-            return None
-        return rewards.sampled_candidates(
-            self.dataset.targets(samples),
-            samples,
-            len(self.dataset.catalog),
-            negatives=self.config.reward.negatives,
-            seed=self.config.seed,
-        )

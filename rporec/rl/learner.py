@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ class MicroBatch:
         return self.valid[self.packed.owner]
 
     def to(self, device: torch.device) -> MicroBatch:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return MicroBatch(**{name: value if value is None else value.to(device) for name, value in moved.items()})
+        present: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: value.to(device) for name, value in present.items() if value is not None})
 
 
 class Learner:

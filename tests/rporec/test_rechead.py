@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from test_experts import dataset
 
 from rporec.config import ConfigError, HeadConfig
 from rporec.data import Catalog
@@ -17,7 +18,6 @@ from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.models.text_encoder import TextEncoder, Vocabulary
-from tests.rporec.test_experts import dataset
 
 KINDS = list(product(("paper", "residual"), ("text", "sequence")))
 
