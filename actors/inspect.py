@@ -1,12 +1,31 @@
-"""What a running Ray cluster offers, for `rporec doctor --address`."""
+"""Whether a Ray cluster is there, and what it offers: for `--address` and `rporec doctor`."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+import socket
 from typing import Any
 
 ROLES = ("rollout", "reward", "learner", "serve")
+
+
+def check_address(address: str, timeout: float = 5.0) -> None:
+    """Raises ConnectionError unless something listens at `HOST:PORT`; Ray itself would wait ten minutes.
+
+    "auto", the cluster that runs on this machine, is left to Ray.
+    """
+    if address == "auto":
+        return
+    place = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if place is None:
+        raise ConnectionError(f"--address {address}: write HOST:PORT, or auto for the cluster on this machine")
+    try:
+        socket.create_connection((place[1].strip("[]"), int(place[2])), timeout).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConnectionError(f"--address {address}: no Ray cluster answers there ({reason})") from None
 
 
 def describe(address: str) -> dict[str, Any]:
@@ -15,6 +34,7 @@ def describe(address: str) -> dict[str, Any]:
     Memory is in GiB. Raises ConnectionError when no cluster answers at `address`, RuntimeError when it
     runs another version of Ray or Python.
     """
+    check_address(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 

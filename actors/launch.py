@@ -25,6 +25,7 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
     for name in before:
         if name not in stages and not run.finished(name):
             raise ConfigError(f"{run.folder}: stage {missing[0]} needs stage {name}, which has not finished")
+    _quiet()
     with connected(config, address, namespace=f"rporec-{config.name}") as cluster:
         job = Job(run, config, cluster, console)
         for name in missing:
@@ -32,6 +33,15 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
             STAGES[name](job)
 
 
+def _quiet() -> None:
+    """Progress is this program's to show, not each library's."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
 def evaluate(run: Run, config: Config, *, ablations: bool, address: str | None, console: Console) -> dict[str, Any]:
+    _quiet()
     with connected(config, address, namespace=f"rporec-{config.name}") as cluster:
         return evaluate_run(Job(run, config, cluster, console), ablations=ablations)

@@ -51,9 +51,11 @@ class Job:
     def recipe(self) -> RPORec:
         return RPORec(self.run, self.config)
 
-    def learner_env(self) -> dict[str, str]:
+    def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
+        """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""
         cores = os.cpu_count() or 1
-        return learner_environment(self.cluster.cuda, threads=max(1, cores // (self.config.learners + 1)))
+        sharing = ranks if alone else ranks + self.config.rollout_workers
+        return learner_environment(self.cluster.cuda, threads=max(1, cores // sharing))
 
     def generators(self) -> int:
         """Workers for bulk generation, when no learner wants the cores: one each, up to the machine's."""
@@ -375,7 +377,7 @@ def _fit(
         cluster=job.cluster,
         workers=workers,
         watch=watch,
-        env=job.learner_env(),
+        env=job.learner_env(workers, alone=loop is not rl_loop),
         restarts=restarts,
     )
 

@@ -29,11 +29,11 @@ class Section(BaseModel):
 class SyntheticConfig(Section):
     """The embedded world, see `rporec.data.synthetic`."""
 
-    users: int = Field(1500, ge=2)
-    series: int = Field(120, ge=4)
+    users: int = Field(1200, ge=2)
+    series: int = Field(84, ge=4)
     volumes: int = Field(6, ge=2)
     genres: int = Field(12, ge=2, le=20)
-    studios: int = Field(30, ge=1)
+    studios: int = Field(20, ge=1)
     length: int = Field(14, ge=3)  # mean interactions of a user
 
 
@@ -49,11 +49,11 @@ class DataConfig(Section):
 class TinyConfig(Section):
     """Shape of `backbone: tiny`, a Qwen3 made on the spot."""
 
-    hidden: int = Field(128, ge=32)
+    hidden: int = Field(192, ge=32)
     layers: int = Field(2, ge=1)
-    heads: int = Field(4, ge=1)
-    kv_heads: int = Field(2, ge=1)
-    intermediate: int = Field(384, ge=32)
+    heads: int = Field(6, ge=1)
+    kv_heads: int = Field(3, ge=1)
+    intermediate: int = Field(576, ge=32)
     vocabulary: int = Field(4096, ge=300)
     context: int = Field(512, ge=64)  # tokens
 
@@ -84,8 +84,8 @@ class TeacherConfig(Section):
 class WarmupConfig(Section):
     steps: int | None = Field(None, ge=0)  # None: `epochs` over the warm-up slice; 0: no warm-up
     epochs: float = Field(4.0, gt=0)
-    lr: float = Field(2e-3, gt=0)
-    batch_size: int = Field(64, ge=1)  # sequences of one optimiser step
+    lr: float = Field(3e-3, gt=0)
+    batch_size: int = Field(32, ge=1)  # sequences of one optimiser step
     micro_batch_size: int = Field(32, ge=1)
 
 

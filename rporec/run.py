@@ -38,7 +38,7 @@ class Run:
 
         A resumed run keeps its config: a key that contradicts it is an error that names the key.
         """
-        run = cls(folder)
+        run = cls(folder.absolute())  # actors have other working directories
         held = read_json(run.config_path)
         if held is None:
             if resume:
@@ -64,7 +64,7 @@ class Run:
             raise ConfigError(f"{folder}: no such run; `rporec train CONFIG --run {folder}` makes one")
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: not a run directory (no config.json)")
-        return cls(folder)
+        return cls(folder.absolute())
 
     def config(self) -> Config:
         """What the run began with. Raises ConfigError when it is damaged or of another version's making."""

@@ -15,6 +15,7 @@ from rporec.data.world import Habits, Walk, World
 
 START = 1_577_836_800  # 2020-01-01 UTC, seconds
 SPAN = 2 * 365 * 86_400  # seconds from the first interaction to the last
+BEGIN = (-0.3, 0.3)  # of the span: first volumes come out, some before the first interaction
 LATEST = 0.97  # of the span; no volume comes out later, so that every item has readers
 STEP = 0.035  # of the span: mean time between two items of a user
 MAX_LENGTH = 4  # times the mean length
@@ -88,10 +89,13 @@ def write_synthetic(out: Path | str, config: SyntheticConfig, seed: int) -> None
 def _world(config: SyntheticConfig, rng: np.random.Generator) -> World:
     count, volumes = config.series, config.volumes
     genre = rng.permutation(np.arange(count) % config.genres)
-    last = LATEST * rng.beta(2.4, 1.0, count)
-    gap = rng.uniform(0.04, 0.12, (count, volumes - 1))
-    back = np.concatenate([np.zeros((count, 1)), np.cumsum(gap, axis=1)], axis=1)[:, ::-1]  # before the last volume
-    released = START + (SPAN * (last[:, None] - back)).astype(np.int64)
+    # Every series has begun while a model still warms up; its later volumes come out until the end. So the
+    # items that training lacks are new volumes of known series, and their text follows from the history.
+    first = rng.uniform(*BEGIN, count)
+    gap = rng.uniform(0.3, 1.0, (count, volumes - 1))
+    gap *= (rng.uniform(0.5, LATEST - BEGIN[1], count) / gap.sum(axis=1))[:, None]
+    passed = np.concatenate([np.zeros((count, 1)), np.cumsum(gap, axis=1)], axis=1)
+    released = START + (SPAN * (first[:, None] + passed)).astype(np.int64)
     affinity = rng.dirichlet(np.full(config.genres, 0.3), config.genres) + 1e-3
     return World(
         habits=Habits(),

@@ -1,0 +1,168 @@
+"""One small training through the command line: real vLLM, DeepSpeed, Ray Train and Ray actors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from rporec.evaluation.ranking import ndcg
+from rporec.files import read_json, read_lines
+
+pytestmark = [pytest.mark.engine, pytest.mark.cluster]
+
+CONFIG = """
+name: small
+data: {window: 8, synthetic: {users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}
+tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}
+teacher: {decision: true}
+warmup: {steps: 40}
+sampling: {max_tokens: 40}
+head: {epochs: 3, lr: 2e-3, dim: 32}
+max_staleness: 1
+groups_per_step: 8
+steps: 6
+checkpoint_every: 3
+max_eval_samples: 60
+eval_samples: 2
+rl: {validate_every: 3, validate_samples: 32}
+"""
+
+
+class Watched:
+    """A finished run, and what its status said while it was going on."""
+
+    def __init__(self, folder: Path, output: str, seen: list[dict]) -> None:
+        self.folder, self.output, self.seen = folder, output, seen
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    work = tmp_path_factory.mktemp("training")
+    config, run = work / "small.yaml", work / "run"
+    config.write_text(CONFIG)
+    seen: list[dict] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            if status := read_json(run / "status.json"):
+                seen.append(status)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = _rporec("train", str(config), "--run", str(run))
+    finally:
+        over.set()
+        watcher.join()
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return Watched(run, result.stdout, seen)
+
+
+def _rporec(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "rporec.cli", *words], capture_output=True, text=True, timeout=600)
+
+
+def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
+    for name in ("metrics.json", "ranks.parquet", "steps.jsonl", "validation.jsonl", "report.html", "rollouts.json"):
+        assert (trained.folder / name).stat().st_size > 0
+    summary = read_json(trained.folder / "metrics.json")
+    methods = summary["conventions"][summary["headline"]]["methods"]
+    expected = {"popularity", "recent_popularity", "rechead_history", "oracle", "teacher"}
+    expected |= {f"rporec_{stage}{kind}" for stage in ("stage1", "stage2") for kind in ("", "_sampled", "_blank", "_shuffled")}
+    assert expected <= set(methods)
+    for entry in methods.values():
+        low, high = entry["ndcg@10_ci"]
+        assert low <= entry["ndcg@10"] <= high
+    assert "rporec_stage2_sampled-rporec_stage1_sampled" in summary["conventions"][summary["headline"]]["paired"]
+    assert "rechead_history" in trained.output
+
+
+def test_the_table_can_be_computed_again_from_the_ranks(trained: Watched) -> None:
+    summary = read_json(trained.folder / "metrics.json")
+    ranks = pq.read_table(trained.folder / "ranks.parquet").to_pandas()
+    for convention, part in summary["conventions"].items():
+        for method, entry in part["methods"].items():
+            rows = ranks[(ranks.method == method) & (ranks.convention == convention)]
+            of_samples = rows.assign(value=ndcg(rows["rank"].to_numpy(), 10)).groupby("sample").value.mean()
+            assert of_samples.mean() == pytest.approx(entry["ndcg@10"], abs=1e-9)
+
+
+def test_learner_steps_are_asynchronous_and_within_the_staleness_bound(trained: Watched) -> None:
+    steps = read_lines(trained.folder / "steps.jsonl")
+    assert [record["step"] for record in steps] == list(range(6))
+    assert [record["version"] for record in steps] == list(range(6))
+    staleness = [record["staleness_max"] for record in steps]
+    assert max(staleness) == 1, "no learner step used data of an older version: the loop is not asynchronous"
+    assert min(staleness) >= 0
+
+
+def test_engine_and_learner_agree_on_the_current_version(trained: Watched) -> None:
+    worst = [record["engine_mismatch"]["max"] for record in read_lines(trained.folder / "steps.jsonl")]
+    assert 0 < max(worst) <= 1e-4
+
+
+def test_the_parts_of_a_step_add_up_to_its_wall_clock(trained: Watched) -> None:
+    for record in read_lines(trained.folder / "steps.jsonl"):
+        seconds = dict(record["seconds"])
+        total = seconds.pop("total")
+        assert set(seconds) == {"wait", "forward", "backward", "publish", "reward", "other"}
+        assert sum(seconds.values()) == pytest.approx(total, abs=1e-3)
+        assert {"format", "outside", "ndcg", "entropy"} <= set(record["reward_parts"])
+
+
+def test_every_role_has_a_process_of_its_own(trained: Watched) -> None:
+    fullest = max(trained.seen, key=lambda status: len(status["actors"]))
+    assert {actor["role"] for actor in fullest["actors"]} == {"controller", "rollout", "reward", "learner"}
+    pids = [actor["pid"] for actor in fullest["actors"]]
+    assert len(set(pids)) == len(pids)
+
+
+def test_every_admitted_group_ends_consumed_or_dropped(trained: Watched) -> None:
+    groups = read_json(trained.folder / "status.json")["groups"]
+    assert groups["CONSUMED"] == 6 * 8
+    assert all(groups[state] == 0 for state in ("PENDING", "RUNNING", "GENERATED", "SCORED", "READY"))
+
+
+def test_a_finished_run_is_refused_without_resume_and_has_nothing_left_with_it(trained: Watched) -> None:
+    config = str(trained.folder.parent / "small.yaml")
+    refused = _rporec("train", config, "--run", str(trained.folder))
+    assert refused.returncode == 2
+    assert "--resume" in refused.stderr
+    again = _rporec("train", config, "--run", str(trained.folder), "--resume")
+    assert again.returncode == 0
+    assert "nothing left to do" in again.stdout
+
+
+def test_status_tells_of_a_finished_run(trained: Watched) -> None:
+    status = json.loads(_rporec("status", str(trained.folder), "--json").stdout)
+    assert status["state"] == "FINISHED"
+    assert status["step"] == status["version"] == 6
+
+
+def test_stage_2_resumes_from_its_newest_checkpoint(trained: Watched) -> None:
+    """Three more steps on top of the six: the learner, the version and the step go on where they were."""
+    config, run = trained.folder.parent / "small.yaml", trained.folder
+    stages = read_json(run / "stages.json")
+    for stage in ("stage2", "evaluate"):
+        stages.pop(stage)
+    (run / "stages.json").write_text(json.dumps(stages))
+    before = read_lines(run / "steps.jsonl")
+    began = time.time()
+    result = _rporec("train", str(config), "steps=9", "--run", str(run), "--resume", "--stages", "stage2")
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    steps = read_lines(run / "steps.jsonl")
+    assert steps[:6] == before
+    assert [record["step"] for record in steps] == list(range(9))
+    assert {record["attempt"] for record in steps[6:]} == {1}
+    assert max(record["engine_mismatch"]["max"] for record in steps[6:]) <= 1e-4
+    assert np.isfinite([record["loss"] for record in steps]).all()
+    assert read_json(run / "status.json")["time"] > began
