@@ -47,7 +47,7 @@ def _mendable(error: Exception) -> str | None:
         return str(inner)
     here = isinstance(error, OSError) and type(error).__module__ == "builtins"
     if here and (getattr(error, "filename", None) is not None or isinstance(error, ConnectionError)):
-        return f"{error}; --debug shows where"
+        return str(error)
     return None
 
 
@@ -147,8 +147,8 @@ def _train(options: argparse.Namespace) -> None:
     stages = options.stages.split(",") if options.stages else list(STAGES)
     run = Run(options.run or Path("runs") / config.name)
     _check_stages(stages, run)
-    _check_inputs(config)
-    Run.create(run.folder, config, resume=options.resume)
+    _check_inputs(config, options.address)
+    run = Run.create(run.folder, config, resume=options.resume)
     importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
 
 
@@ -161,7 +161,7 @@ def _check_stages(stages: list[str], run: Run) -> None:
                 raise ConfigError(f"--stages: {stage} needs {earlier}, which {run.folder} has not finished; add it")
 
 
-def _check_inputs(config: Config) -> None:
+def _check_inputs(config: Config, address: str | None) -> None:
     """What a stage would stumble over an hour later."""
     from rporec.data import find_sources, is_built
 
@@ -171,11 +171,18 @@ def _check_inputs(config: Config) -> None:
         from rporec.rl.rewards import load_custom
 
         load_custom(config.reward.custom)
+    _check_address(address)
+
+
+def _check_address(address: str | None) -> None:
+    if address is not None:
+        importlib.import_module("actors.inspect").check_address(address)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "evaluate")
+    _check_address(options.address)
     importlib.import_module("actors.launch").evaluate(
         run, run.config(), ablations=options.ablations, address=options.address, console=_console()
     )
@@ -251,7 +258,9 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add(commands, "train", _train, "run all stages of a config, or some")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4")
+    train.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4"
+    )
     train.add_argument("--data", type=Path, help="built data set, or folder with interactions.* and items.*")
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<name of the config>)")
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR")

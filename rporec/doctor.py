@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 GB = 1e9
 # Of `make demo`: what its processes hold at once, and what the environment's caches and one run write.
-TINY_MEMORY = 5 * GB
+TINY_MEMORY = 4 * GB
 TINY_DISK = 1 * GB
 OBJECT_STORE = 512 * 2**20  # of a cluster started here; Ray keeps it in /dev/shm
 SETUP = "make setup"
@@ -155,7 +155,9 @@ def _vector_unit(flags: set[str]) -> Finding:
     if "avx512f" in flags:
         return Finding("vector unit", "AVX-512" + (", AMX" if "amx_tile" in flags else ""))
     if "avx2" in flags:
-        return Finding("vector unit", "AVX2", "warn", "vLLM's CPU kernels are made for AVX-512; with AVX2 they are slow")
+        return Finding(
+            "vector unit", "AVX2", "warn", "vLLM's CPU kernels are made for AVX-512; with AVX2 they are slow"
+        )
     if flags & {"asimd", "neon"} or platform.machine() in ("arm64", "aarch64"):
         return Finding("vector unit", "Advanced SIMD")
     return Finding("vector unit", "neither AVX-512 nor AVX2", "fail", "vLLM needs one of them; use another machine")
@@ -230,7 +232,9 @@ def _engine(installed: list[str], gpu: bool) -> Finding:
         return Finding("vllm", "missing", "fail", f"{mend}; or engine.kind=transformers, which is slow")
     value = ", ".join(f"{name} {_version(name)}" for name in installed)
     if len(installed) > 1:
-        both = f"both own the module vllm; {sys.executable} -m pip uninstall {' '.join(installed)}, then install {wanted}"
+        both = (
+            f"both own the module vllm; {sys.executable} -m pip uninstall {' '.join(installed)}, then install {wanted}"
+        )
         return Finding("vllm", value, "fail", both)
     if installed != [wanted]:
         use = "it leaves the GPU unused" if gpu else "it wants a GPU"

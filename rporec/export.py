@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from rporec import __version__
 from rporec.config import Config, ConfigError
 from rporec.data import Dataset
-from rporec.files import read_json, replacing
+from rporec.files import read_json, replacing, write_json
 from rporec.run import Run
 
 if TYPE_CHECKING:
     from rporec.models.rechead import RecHead
+    from rporec.recipes.rporec import RPORec
 
 # Beside its safetensors a model folder may hold the same weights in other formats: not copied.
 _COPIED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja")
@@ -23,32 +24,40 @@ _COPIED = (".json", ".safetensors", ".txt", ".model", ".tiktoken", ".jinja")
 def export_run(run: Run, out: Path) -> Path:
     """Write the folder `out`, whole or not at all, and return it.
 
-    The LLM that validation picked (before RL: that of the warm-up) and its tokenizer lie at the top,
-    as transformers expects; `rechead/` is the head that ranks test; `item_index.safetensors` and
-    `items.parquet` are described in the model card, `README.md`.
+    The LLM that validation picked (without RL: that of the warm-up) and its tokenizer lie at the top,
+    as transformers expects; `rechead/` is the head that ranks test. What the other files are and how
+    all of them work together is in the model card, `README.md`.
     Raises ConfigError when stage 1 has not finished or `out` exists and is not empty.
     """
-    from rporec.models.rechead import RecHead
-
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: exists and is not empty; choose another --out")
     run.require("stage1", "export")
-    dataset = Dataset.load(run.data)
-    refitted = run.head("head_refit")
-    source = refitted if refitted.is_dir() else run.head()
-    head = RecHead.load(source, dataset.catalog)
+    from rporec.recipes.head_stage import final_head
+    from rporec.recipes.rporec import RPORec
+
+    recipe = RPORec(run, run.config())
+    head = final_head(run, recipe, "head")
     with replacing(out) as folder:
         folder.mkdir()
-        _copy_model(_model(run), folder)
-        shutil.copytree(source, folder / "rechead")
+        _copy_model(run.best_model if run.best_model.is_dir() else run.warm_model, folder)
+        head.save(folder / "rechead")
         _write_index(head, folder / "item_index.safetensors")
-        dataset.catalog.write(folder / "items.parquet")
-        (folder / "README.md").write_text(model_card(run, dataset, head, out.resolve().name), encoding="utf-8")
+        recipe.dataset.catalog.write(folder / "items.parquet")
+        write_json(folder / "prompt.json", _prompt(recipe))
+        (folder / "README.md").write_text(model_card(run, recipe.dataset, head, out.resolve().name), encoding="utf-8")
     return out
 
 
-def _model(run: Run) -> Path:
-    return run.best_model if run.best_model.is_dir() else run.warm_model
+def _prompt(recipe: RPORec) -> dict[str, Any]:
+    """What a PromptWriter needs; `reserve` is also the longest completion."""
+    config = recipe.config
+    return {
+        "text": config.text.model_dump(),
+        "tiny": config.tiny_backbone,
+        "window": recipe.dataset.window,
+        "context": recipe.context,
+        "reserve": max(config.sampling.max_tokens, config.rl_max_tokens),
+    }
 
 
 def _copy_model(source: Path, folder: Path) -> None:
@@ -66,10 +75,9 @@ def _write_index(head: RecHead, path: Path) -> None:
 
     with torch.no_grad():
         items = head.item_vectors()
-    tensors = {"full": items.full, "text": items.text}
-    tensors["bias"] = torch.zeros(len(items.full)) if items.bias is None else items.bias
-    if head.config.fusion == "paper":
-        del tensors["text"]
+    tensors = {"full": items.full, "bias": torch.zeros(len(items.full)) if items.bias is None else items.bias}
+    if head.config.fusion == "residual":
+        tensors["text"] = items.text.clone()  # may be `full` itself, and safetensors stores no tensor twice
     description = {"format": "pt", "fusion": head.config.fusion, "weights": json.dumps(head.weights)}
     save_file({name: value.float().contiguous().cpu() for name, value in tensors.items()}, path, description)
 
@@ -80,19 +88,20 @@ def model_card(run: Run, dataset: Dataset, head: RecHead, name: str) -> str:
     import yaml
 
     config, metrics = run.config(), read_json(run.folder / "metrics.json", {})
-    front = yaml.safe_dump(_front_matter(config, metrics, name), sort_keys=False, allow_unicode=True)
+    method = "rporec_stage2" if run.best_model.is_dir() else "rporec_stage1"
+    front = yaml.safe_dump(_front_matter(config, metrics, method, name), sort_keys=False, allow_unicode=True)
     sections = [
         f"# {name}",
         _what(run, config),
         "## Data\n\n" + _data(dataset),
-        "## Results\n\n" + _results(metrics),
+        "## Results\n\n" + _results(metrics, method),
         "## Use\n\n" + _use(head),
         "## Limits\n\n" + _limits(dataset, config),
     ]
     return f"---\n{front}---\n\n" + "\n\n".join(sections) + "\n"
 
 
-def _front_matter(config: Config, metrics: dict[str, Any], name: str) -> dict[str, Any]:
+def _front_matter(config: Config, metrics: dict[str, Any], method: str, name: str) -> dict[str, Any]:
     front: dict[str, Any] = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -100,7 +109,6 @@ def _front_matter(config: Config, metrics: dict[str, Any], name: str) -> dict[st
     }
     if not config.tiny_backbone and not Path(config.backbone).exists():
         front["base_model"] = config.backbone
-    method = "rporec_stage2" if "rporec_stage2" in _methods(metrics) else "rporec_stage1"
     if entry := _methods(metrics).get(method):
         results = {
             "task": {"type": "recommendation", "name": "next item, full ranking"},
@@ -116,18 +124,16 @@ def _front_matter(config: Config, metrics: dict[str, Any], name: str) -> dict[st
 
 def _what(run: Run, config: Config) -> str:
     origin = "a small Qwen3 made for this data set" if config.tiny_backbone else f"`{config.backbone}`"
-    best = read_json(run.folder / "best.json", {}) if run.best_model.is_dir() else {}
+    taught = [] if run.warm_model == run.backbone else ["supervised warm-up"]
     if run.best_model.is_dir():
-        place = f" {best['attempt']}.{best['version']}, after step {best['step']} of {config.steps}" if best else ""
-        history = f"reinforcement learning against the RecHead's ranking: weight version{place}, the best on validation"
-    elif _model(run) != run.backbone:
-        history = "supervised warm-up; it has seen no reinforcement learning"
-    else:
-        history = "no training: it is the starting model"
+        best = read_json(run.folder / "best.json", {})
+        version = f": version {best['attempt']}.{best['version']}, after step {best['step']}, the best on validation"
+        taught.append(f"reinforcement learning against the RecHead's ranking{version if best else ''}")
+    history = f"taught by {', then '.join(taught)}" if taught else "as it came"
     return (
         "A language model that reasons about a user before it recommends, and the head that turns its text into a "
         "ranking of the whole catalogue (after RPORec, arXiv 2605.21967).\n\n"
-        f"The LLM is {origin}, followed by {history}. It reads a user's last items and writes "
+        f"The LLM is {origin}, {history}. It reads a user's last items and writes "
         "`<think> … </think><answer> … </answer>`; the RecHead scores every item from the history, the thought and "
         f"the answer. Made by rporec {__version__}, run `{config.name}`, seed {config.seed}."
     )
@@ -142,7 +148,7 @@ def _data(dataset: Dataset) -> str:
     )
 
 
-def _results(metrics: dict[str, Any]) -> str:
+def _results(metrics: dict[str, Any], method: str) -> str:
     methods = _methods(metrics)
     if not methods:
         return "Not evaluated yet (`rporec evaluate`)."
@@ -150,7 +156,8 @@ def _results(metrics: dict[str, Any]) -> str:
     part = metrics["conventions"][metrics["headline"]]
     lines = [
         f"Split {metrics['split']}, {part['samples']:,} samples of {part['users']:,} users, ranking of the whole "
-        f"catalogue, {removed} (convention `{metrics['headline']}`); 95 % bootstrap intervals over users.",
+        f"catalogue, {removed} (convention `{metrics['headline']}`); 95 % bootstrap intervals over users. This folder is "
+        f"`{method}`, decoded greedily.",
         "",
         "| method | NDCG@10 | HR@10 |",
         "| --- | --- | --- |",
@@ -176,29 +183,53 @@ def _interval(entry: dict[str, Any], metric: str, interval: str | None = None, s
 
 
 def _use(head: RecHead) -> str:
-    experts = ", to which `scores` adds experts (transition rules, text neighbours, popularity)" if head.experts else ""
+    dim, experts = head.config.dim, ""
+    if head.experts:
+        experts = " `head.scores` adds experts: transition rules, text neighbours, popularity."
     if head.config.fusion == "paper":
-        formula = "`score = q · full + bias`, `q` the head's fused vector of history, thought and answer"
+        tensors = f"`full` [N, {dim}] and `bias` [N]"
+        formula = "`q · full + bias`, with `q` from history, thought and answer"
     else:
-        formula = "`score = wₕ (h · full + bias) + wₜ (t · text)`, `h` from the history, `t` from thought and answer"
+        tensors = f"`full` [N, {dim}], `text` [N, {dim}] and `bias` [N]"
+        formula = "`a (h · full + bias) + b (t · text)`, with `h` from the history, `t` from thought and answer"
     return f"""```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from rporec.data import Catalog
-from rporec.models.rechead import RecHead
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-tokenizer = AutoTokenizer.from_pretrained(FOLDER)
-catalog = Catalog.read(FOLDER + "/items.parquet")
-head = RecHead.load(FOLDER + "/rechead", catalog)  # head.scores(HeadInputs(...)) ranks all {len(head.catalog):,} items
-```
+{_EXAMPLE}```
 
 `items.parquet` is the catalogue; its row order is the item index. `item_index.safetensors` holds what an inner-product
-index needs, float32, one row per item: `full` [N, {head.config.dim}], `bias` [N]{_text_shape(head)}. The head's
-networks are {formula}{experts}."""
+index needs, float32, one row per item: {tensors}. The score of the head's networks is {formula}.{experts}"""
 
 
-def _text_shape(head: RecHead) -> str:
-    return "" if head.config.fusion == "paper" else f", `text` [N, {head.config.dim}]"
+_EXAMPLE = """\
+import json
+
+import numpy as np
+import torch
+from rporec.config import TextConfig
+from rporec.data import Catalog
+from rporec.models.head_inputs import HeadInputs
+from rporec.models.rechead import RecHead
+from rporec.text.completion import parse
+from rporec.text.prompt import PromptWriter
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+folder, history, now = ".", [0, 1, 2], 1_700_000_000  # rows of items.parquet, oldest first; seconds since 1970
+
+model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+catalog = Catalog.read(f"{folder}/items.parquet")
+head = RecHead.load(f"{folder}/rechead", catalog)
+with open(f"{folder}/prompt.json") as file:
+    how = json.load(file)
+writer = PromptWriter(catalog, TextConfig(**how["text"]), tokenizer, how["tiny"], how["context"], how["reserve"])
+
+prompt = torch.tensor([writer.prompt_ids(history[-how["window"] :])])
+written = model.generate(
+    prompt, max_new_tokens=how["reserve"], do_sample=False, stop_strings=["</answer>"], tokenizer=tokenizer
+)
+said = parse(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
+form = np.array([said.format], np.float32)
+scores = head.scores(HeadInputs([np.array(history)], np.array([now]), [said.cot], [said.answer], form))[0]
+best = [catalog.title(item) for item in scores.topk(10).indices.tolist()]
+"""
 
 
 def _limits(dataset: Dataset, config: Config) -> str:

@@ -1,0 +1,215 @@
+"""The run directory and its files: what a crash leaves behind can be read, and resumed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from rporec.config import ConfigError, parse_config
+from rporec.files import append_line, read_json, read_lines, replacing, write_json
+from rporec.run import Run
+from rporec.status import read_status, status_table
+
+CONFIG = parse_config({"steps": 3})
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run.create(tmp_path / "run", CONFIG, resume=False)
+
+
+# --- files -----------------------------------------------------------------------------------
+def test_an_exception_leaves_the_old_file_and_no_temporary(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with contextlib.suppress(KeyError), replacing(path) as temporary:
+        temporary.write_text("half")
+        raise KeyError
+    assert read_json(path) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_exception_leaves_the_old_folder_and_no_temporary(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "weights").write_text("old")
+    with contextlib.suppress(KeyError), replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "weights").write_text("half")
+        raise KeyError
+    assert (path / "weights").read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "deep" / "model"
+    for name in ("one", "two"):
+        with replacing(path) as temporary:
+            temporary.mkdir()
+            (temporary / name).touch()
+    assert [file.name for file in path.iterdir()] == ["two"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_block_that_wrote_nothing_keeps_the_old_folder(tmp_path):
+    path = tmp_path / "model"
+    path.mkdir()
+    with pytest.raises(FileNotFoundError), replacing(path):
+        pass
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_crashed_process_of_the_same_number_left_is_no_obstacle(tmp_path):
+    path = tmp_path / "model"
+    for left in (path, *(tmp_path / f".model.{os.getpid()}.{kind}" for kind in ("tmp", "old"))):
+        left.mkdir()
+        (left / "weights").touch()
+    with replacing(path) as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_torn_last_line_is_left_out_and_hides_nothing_after_it(tmp_path):
+    path = tmp_path / "steps.jsonl"
+    assert read_lines(path) == []
+    append_line(path, {"step": 0, "note": "käse\u2028\x85"})
+    with path.open("ab") as file:
+        file.write('{"step": 1, "note": "kä'.encode()[:-1])  # cut in the middle of a character
+    assert read_lines(path) == [{"step": 0, "note": "käse\u2028\x85"}]
+    append_line(path, {"step": 2})
+    assert [record["step"] for record in read_lines(path)] == [0, 2]
+
+
+def test_damaged_json_is_one_line_with_its_path(tmp_path):
+    path = tmp_path / "stages.json"
+    path.write_text('{"data": ')
+    with pytest.raises(ConfigError, match=r"stages\.json: damaged") as fault:
+        read_json(path)
+    assert "\n" not in str(fault.value)
+
+
+# --- run -------------------------------------------------------------------------------------
+def test_a_new_run_keeps_its_config_and_opens_again(run):
+    assert Run.open(run.folder).config() == CONFIG
+
+
+def test_a_run_stays_where_it_is_when_a_worker_changes_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Run.create(Path("run"), CONFIG, resume=False)
+    assert made == Run.open(Path("run")) == Run(tmp_path / "run")
+
+
+def test_a_folder_that_holds_a_run_wants_resume(run):
+    with pytest.raises(ConfigError, match="holds a run already; add --resume"):
+        Run.create(run.folder, CONFIG, resume=False)
+    assert Run.create(run.folder, CONFIG, resume=True).config() == CONFIG
+
+
+def test_a_folder_with_other_things_is_refused(tmp_path):
+    (tmp_path / "photo.png").touch()
+    with pytest.raises(ConfigError, match="not empty and not a run"):
+        Run.create(tmp_path, CONFIG, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_there_must_be_something_to_resume(tmp_path):
+    with pytest.raises(ConfigError, match="no run to resume"):
+        Run.create(tmp_path / "run", CONFIG, resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"seed": 1}, "seed"),
+        ({"rl": {"lr": 1e-3}}, "rl.lr"),
+        ({"lora": {"rank": 8}}, "lora"),
+        ({"tiny": {"layers": 3}}, "tiny.layers"),
+    ],
+)
+def test_resume_names_the_key_that_contradicts(run, change, key):
+    with pytest.raises(ConfigError, match=f"with another {key} than"):
+        Run.create(run.folder, parse_config({"steps": 3, **change}), resume=True)
+
+
+def test_a_resumed_run_may_go_on_longer_and_on_more_machines(run):
+    longer = parse_config({"steps": 30, "rollout_workers": 4, "reward_workers": 2, "checkpoint_every": 5, "name": "x"})
+    assert Run.create(run.folder, longer, resume=True) == run
+
+
+def test_a_key_that_came_after_the_run_began_is_no_contradiction(run):
+    held = read_json(run.config_path)
+    del held["rl"]["max_tries"]
+    write_json(run.config_path, held)
+    Run.create(run.folder, CONFIG, resume=True)
+
+
+def test_no_run_and_half_a_run_are_told_apart(tmp_path):
+    with pytest.raises(ConfigError, match="no such run"):
+        Run.open(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r"not a run directory \(no config\.json\)"):
+        Run.open(tmp_path)
+
+
+def test_a_config_of_another_version_names_its_file(run):
+    write_json(run.config_path, {"step": 3})
+    with pytest.raises(ConfigError, match=r"config\.json: step: unknown config key; did you mean steps"):
+        run.config()
+
+
+def test_a_stage_is_finished_when_its_block_ends_and_keeps_notes_and_cost(run):
+    with run.stage("data") as notes:
+        assert not run.finished("data")
+        notes["users"] = 5
+    entry = read_json(run.folder / "stages.json")["data"]
+    assert entry["users"] == 5
+    assert entry["seconds"] >= 0
+    assert entry["cpu_seconds"] >= 0
+    with pytest.raises(KeyError), run.stage("warmup"):
+        raise KeyError
+    assert run.finished("data")
+    assert not run.finished("warmup")
+    with pytest.raises(ConfigError, match="evaluate needs stage stage1"):
+        run.require("stage1", "evaluate")
+
+
+def test_paths_follow_what_was_made(run, tmp_path):
+    assert run.data == run.folder / "data"
+    write_json(run.folder / "data.json", {"path": str(tmp_path / "elsewhere")})
+    assert run.data == tmp_path / "elsewhere"
+    assert run.warm_model == run.backbone
+    (run.folder / "warmup" / "model").mkdir(parents=True)
+    assert run.warm_model == run.folder / "warmup" / "model"
+
+
+# --- status ----------------------------------------------------------------------------------
+def test_status_before_stage_2_names_the_stage_that_comes_next(run):
+    assert read_status(run)["state"] == "before data"
+    with run.stage("data"):
+        pass
+    status = read_status(run)
+    assert status["state"] == "before warmup"
+    assert json.loads(json.dumps(status))["groups"]["DROPPED"] == {}
+    assert status_table(status).row_count > 0
+
+
+def test_a_controller_that_fell_silent_is_lost_and_its_failure_is_shown(run):
+    from rich.console import Console
+
+    actor = {"role": "rollout", "name": "rollout-0", "node": "n", "pid": 1, "state": "ALIVE"}
+    groups = {**dict.fromkeys(("PENDING", "RUNNING", "GENERATED", "SCORED", "READY", "CONSUMED"), 0), "DROPPED": {}}
+    said = {"state": "RUNNING", "time": 0, "step": 2, "version": 2, "groups": groups, "actors": [actor]}
+    write_json(run.folder / "status.json", {**said, "failure": "cannot open [/tmp/x]"})
+    status = read_status(run)
+    assert status["state"] == "LOST"
+    assert [actor["state"] for actor in status["actors"]] == ["LOST"]
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(status_table(status))
+    assert "cannot open [/tmp/x]" in shown.get()
