@@ -126,9 +126,9 @@ def _what(run: Run, config: Config) -> str:
     origin = "a small Qwen3 made for this data set" if config.tiny_backbone else f"`{config.backbone}`"
     taught = [] if run.warm_model == run.backbone else ["supervised warm-up"]
     if run.best_model.is_dir():
-        best = read_json(run.folder / "best.json", {})
-        version = f": version {best['attempt']}.{best['version']}, after step {best['step']}, the best on validation"
-        taught.append(f"reinforcement learning against the RecHead's ranking{version if best else ''}")
+        best = read_json(run.folder / "best.json")
+        version = f", version {best['attempt']}.{best['version']} after step {best['step']}" if best else ""
+        taught.append(f"reinforcement learning against the RecHead's ranking (the best on validation{version})")
     history = f"taught by {', then '.join(taught)}" if taught else "as it came"
     return (
         "A language model that reasons about a user before it recommends, and the head that turns its text into a "

@@ -151,7 +151,7 @@ def test_the_best_checkpoint_and_the_refitted_head_go_out_and_the_card_says_whic
     assert read_json(out / "rechead" / "head.json")["weights"] == {"text": 7.0}
     card = (out / "README.md").read_text()
     assert "taught by supervised warm-up, then reinforcement learning" in card
-    assert "version 1.4, after step 4, the best on validation" in card
+    assert "(the best on validation, version 1.4 after step 4)" in card
 
 
 def test_the_card_before_evaluation(made, tmp_path):
