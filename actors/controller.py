@@ -52,6 +52,7 @@ class Worker:
     node: str = ""
     state: str = "STARTING"
     attempt: int = 0  # of the weights that it has; leases wait until it is the ledger's
+    validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
     # Held while weights enter or a validation is being written: a validation has one version.
     weights: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -237,7 +238,12 @@ class Controller:
             worker.attempt = version.attempt
             self.room.set()
             if validate:
-                await self._validate(worker, version)
+                worker.validating = True
+                try:
+                    await self._validate(worker, version)
+                finally:
+                    worker.validating = False
+                    self.room.set()
 
     async def _validate(self, worker: Worker, version: Version) -> None:
         """Greedy decoding for the fixed validation users under one pinned version."""
@@ -371,7 +377,7 @@ class Controller:
 
     def _may_lease(self, worker: Worker) -> bool:
         current = worker.attempt == self.ledger.version.attempt
-        return worker.state == "ALIVE" and current and worker.running < worker.slots
+        return worker.state == "ALIVE" and current and not worker.validating and worker.running < worker.slots
 
     def _lost(self, worker: Worker, error: BaseException) -> None:
         """A worker died: its groups go back to PENDING, and the run goes on with the others."""

@@ -19,7 +19,8 @@ import numpy as np
 import ray
 
 from actors.cluster import Cluster
-from rporec.config import Config
+from rporec.config import Config, ConfigError
+from rporec.data import DataError
 from rporec.files import append_line
 from rporec.run import Run
 
@@ -75,7 +76,18 @@ def fit(
         thread.join(0.5)
         watch()
     if failure:
-        raise failure[0]
+        raise _cause(failure[0])
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What the user can mend, if a rank failed of that; else the error as Ray Train reports it."""
+    inner = list(getattr(error, "worker_failures", {}).values())
+    while inner:
+        one = inner.pop()
+        if isinstance(one, ConfigError | DataError):
+            return one
+        inner += [next_ for next_ in (getattr(one, "cause", None), one.__cause__) if isinstance(next_, BaseException)]
+    return error
 
 
 def warmup_loop(spec: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ for key in global.find-links :env:.find-links; do
     done
 done
 
-install() { .venv/bin/uv pip install --quiet --python .venv/bin/python --override requirements/overrides-cpu.txt "$@"; }
+# Compiled once here, not at the start of each of the many processes of a run.
+install() { .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --override requirements/overrides-cpu.txt "$@"; }
 
 # Configured sources first: where PyTorch's own index cannot be reached, asking it slows every look-up.
 install "${find_links[@]}" --requirement requirements/cpu.lock ||

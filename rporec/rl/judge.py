@@ -25,7 +25,7 @@ from rporec.text.prompt import ItemWriter
 from rporec.text.teacher import statements
 
 if TYPE_CHECKING:
-    from rporec.models.frozen import Summarizer
+    from rporec.rl.frozen import Summarizer
 
 
 def head_inputs(dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Sequence[str] | None) -> HeadInputs:
@@ -157,7 +157,7 @@ class HeadJudge:
     def _embed(self) -> rewards.Embed | None:
         if not self._weights.faithfulness or self.config.reward.embedder is None:
             return None
-        from rporec.models.frozen import TextEmbedder
+        from rporec.rl.frozen import TextEmbedder
 
         return TextEmbedder(self.config.reward.embedder)
 
@@ -165,7 +165,7 @@ class HeadJudge:
     def _summarizer(self) -> Summarizer | None:
         if not (self._weights.conciseness or self._weights.faithfulness):
             return None
-        from rporec.models.frozen import Summarizer
+        from rporec.rl.frozen import Summarizer
 
         return Summarizer(self.run.warm_model)
 

@@ -300,9 +300,7 @@ class Learner:
 def _group_tokens(group: pa.RecordBatch) -> GroupTokens:
     values, offsets = ragged(group, "completion_ids")
     prompt, prompt_offsets = ragged(group, "prompt_ids")
-    return GroupTokens(
-        prompt[: prompt_offsets[1]], [values[a:b] for a, b in pairwise(offsets)]
-    )
+    return GroupTokens(prompt[: prompt_offsets[1]], [values[a:b] for a, b in pairwise(offsets)])
 
 
 def _in_cot(batch: pa.RecordBatch) -> np.ndarray:

@@ -77,7 +77,9 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
     summary = read_json(trained.folder / "metrics.json")
     methods = summary["conventions"][summary["headline"]]["methods"]
     expected = {"popularity", "recent_popularity", "rechead_history", "oracle", "teacher"}
-    expected |= {f"rporec_{stage}{kind}" for stage in ("stage1", "stage2") for kind in ("", "_sampled", "_blank", "_shuffled")}
+    expected |= {
+        f"rporec_{stage}{kind}" for stage in ("stage1", "stage2") for kind in ("", "_sampled", "_blank", "_shuffled")
+    }
     assert expected <= set(methods)
     for entry in methods.values():
         low, high = entry["ndcg@10_ci"]
