@@ -132,7 +132,9 @@ def _rank(rank: int, world_size: int, port_file: str, out: str) -> None:
 
 
 def test_two_ranks_train_the_head_that_one_would(tmp_path) -> None:
-    mp.start_processes(_rank, (2, str(tmp_path / "meet"), str(tmp_path / "state")), nprocs=2, start_method="fork")
+    mp.start_processes(
+        _rank, (2, str(tmp_path / "meet"), str(tmp_path / "state")), nprocs=2, start_method="spawn"
+    )  # a forked child would inherit an engine's process group
     first, second = (torch.load(tmp_path / f"state.{rank}") for rank in range(2))
     train, targets = world(256, ITEMS, 0)
     head = RecHead(catalog(), config("paper", "text", epochs=2, dropout=0.0), window=5, seed=0)
