@@ -72,6 +72,13 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
         ray.shutdown()
 
 
+def last_words(error: BaseException) -> str:
+    """The line of a Ray error that says what happened, without the traceback that it carries."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "EngineError: " in line]
+    return (telling or lines or [type(error).__name__])[-1].rpartition("EngineError: ")[2][:600]
+
+
 def role_options(
     role: str, cluster: Cluster, *, gpus: float = 0.0, env: dict[str, str] | None = None
 ) -> dict[str, Any]:

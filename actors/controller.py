@@ -22,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.cluster import Cluster
+from actors.cluster import Cluster, last_words
 from actors.reward import RewardWorker, reward_options
 from actors.rollout import RolloutWorker, rollout_options
 from actors.weight_store import WeightStore
 from rporec.config import Config
-from rporec.engine.types import FIRST_VERSION, Version
+from rporec.engine.types import FIRST_VERSION, EngineError, Version
 from rporec.files import append_line, read_json, read_lines, replacing, write_json
 from rporec.recipes import load_recipe
 from rporec.rl.ledger import Group, Ledger
@@ -114,13 +114,7 @@ class Controller:
                 for part in (self.produce, self.score, self.train, self.publish, self.heartbeat):
                     group.create_task(part(), name=part.__name__)
         except* Exception as errors:
-            self.failure = "; ".join(f"{type(error).__name__}: {error}" for error in errors.exceptions)
-            self.state = "FAILED"
-            for future in self.batches.values():
-                if not future.done():
-                    future.set_exception(RuntimeError(f"controller failed: {self.failure}"))
-            self._write_status()
-            raise
+            self._fail("; ".join(f"{type(error).__name__}: {error}" for error in errors.exceptions))
 
     async def produce(self) -> None:
         """Admit prompts while the ledger has capacity; lease them to workers with free slots."""
@@ -181,7 +175,7 @@ class Controller:
         try:
             described: GroupMeta = await meta
         except RayTaskError as error:
-            self.ledger.failed(group, _short(error))
+            self.ledger.failed(group, last_words(error))
         except RayError as error:
             self._lost(worker, error)
         else:
@@ -201,7 +195,7 @@ class Controller:
             metas: list[GroupMeta] = await asyncio.wait_for(report, self.config.reward.timeout)
         except RayTaskError as error:
             for group in groups:
-                self.ledger.failed(group, _short(error))
+                self.ledger.failed(group, last_words(error))
         except (RayError, TimeoutError) as error:
             self._lost(worker, error)
             for group in groups:
@@ -250,7 +244,8 @@ class Controller:
         await self.store.pin.remote(version)
         samples, prompts, spec = self.recipe.validation()
         texts = await worker.actor.generate_many.remote(prompts, spec)
-        result = await self.rewards[0].actor.validate.remote(samples, [row[0]["text"] for row in texts])
+        judge = next(judge for judge in self.rewards if judge.state == "ALIVE")
+        result = await judge.actor.validate.remote(samples, [row[0]["text"] for row in texts])
         record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
         append_line(self.run.validation, record)
         if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
@@ -264,8 +259,7 @@ class Controller:
         """A learner rank has started from the checkpoint of step `committed`; returns the attempt."""
         self.learners = [one for one in self.learners if one["name"] != f"learner-{rank}"]
         self.learners.append({"role": "learner", "name": f"learner-{rank}", "node": node, "pid": pid, "state": "ALIVE"})
-        if self.failure is not None:
-            raise RuntimeError(f"controller failed: {self.failure}")
+        self._check()
         if rank == 0 and committed != self.step:
             self._rollback(committed)
         return self.ledger.version.attempt
@@ -276,6 +270,7 @@ class Controller:
 
     async def next_batch(self, step: int) -> Batch | None:
         """The groups of `step` for every rank alike; None when the training is over."""
+        self._check()
         return await asyncio.shield(self._batch(step))
 
     async def finished_step(self, step: int, version: Version, metrics: dict[str, Any]) -> None:
@@ -365,7 +360,10 @@ class Controller:
         self.idle_rewards.put_nowait(worker)
 
     async def _ready(self, worker: Worker) -> None:
-        status = await worker.actor.status.remote()
+        try:
+            status = await worker.actor.status.remote()
+        except RayActorError as error:
+            raise EngineError(f"{worker.name} did not start: {last_words(error)}") from None
         worker.pid, worker.node, worker.state = status["pid"], status["node"], "ALIVE"
 
     async def _abort(self, worker: Worker) -> None:
@@ -384,10 +382,11 @@ class Controller:
         if worker.state == "DEAD":
             return
         worker.state = "DEAD"
-        print(f"{worker.name} on node {worker.node} died: {_short(error)}", flush=True)
+        ray.kill(worker.actor)  # one that hangs may not come back with late results
+        print(f"{worker.name} on node {worker.node} died: {last_words(error)}", flush=True)
         self.ledger.worker_lost(worker.name)
         if not any(w.state != "DEAD" for w in (self.rollouts if worker in self.rollouts else self.rewards)):
-            raise RuntimeError(f"the last {worker.name.split('-')[0]} worker died: {_short(error)}")
+            raise RuntimeError(f"the last {worker.name.split('-')[0]} worker died: {last_words(error)}")
         self.room.set()
 
     def _rollback(self, committed: int) -> None:
@@ -428,9 +427,23 @@ class Controller:
 
     def _reap(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and self.main is not None:
-            self.failure = self.failure or f"{task.get_name()}: {error}"
-            self.main.cancel()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(f"{task.get_name()}: {last_words(error)}")
+            if self.main is not None:
+                self.main.cancel()
+
+    def _fail(self, reason: str) -> None:
+        """Whoever waits for the loop must hear of its end."""
+        self.failure = self.failure or reason
+        self.state = "FAILED"
+        for future in self.batches.values():
+            if not future.done():
+                future.set_exception(RuntimeError(f"the controller failed: {self.failure}"))
+        self._write_status()
+
+    def _check(self) -> None:
+        if self.failure is not None:
+            raise RuntimeError(f"the controller failed: {self.failure}")
 
     # --- what a person sees ------------------------------------------------------------------
     def _write_step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -491,11 +504,6 @@ def newest_checkpoint(run: Run) -> Path | None:
 async def _signal(event: asyncio.Event) -> None:
     await event.wait()
     event.clear()
-
-
-def _short(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
 
 
 def _mean_of(records: list[Any]) -> dict[str, float]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
-from actors.cluster import Cluster
+from actors.cluster import Cluster, last_words
 from actors.rollout import RolloutWorker, rollout_options
 from rporec.config import Config
+from rporec.engine.types import EngineError
 from rporec.text.completion_store import Part
 
 # Called with (prompts finished, prompts in all, completion tokens so far).
@@ -62,6 +64,10 @@ class RolloutPool:
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             number, worker = running.pop(done)
             idle.append(worker)
-            tokens += part.write(number, ray.get(done))
+            try:
+                rows = ray.get(done)
+            except RayActorError as error:
+                raise EngineError(f"a rollout worker died: {last_words(error)}") from None
+            tokens += part.write(number, rows)
             finished += len(part.shard(number))
             progress(finished, len(part.samples), tokens)

@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: every `finally` on the way out runs
     try:
         return options.command(options) or 0
-    except (ValueError, OSError) as error:
+    except Exception as error:
         message = _mendable(error)
         if options.debug or message is None:
             raise
@@ -41,9 +41,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _mendable(error: Exception) -> str | None:
-    """The message of a fault in what the user brought: config, data, a path, an address; None for others."""
+    """The message of what the user can mend: config, data, a path, an address, an engine's memory; None for others."""
     inner = getattr(error, "cause", None) or error  # what an actor raised arrives wrapped
-    if type(inner).__name__ in ("ConfigError", "DataError"):
+    if type(inner).__name__ in ("ConfigError", "DataError", "EngineError"):
         return str(inner)
     here = isinstance(error, OSError) and type(error).__module__ == "builtins"
     if here and (getattr(error, "filename", None) is not None or isinstance(error, ConnectionError)):

@@ -11,7 +11,6 @@ steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, repor
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,22 +130,15 @@ class Run:
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage; what the block puts into the yielded dict is kept beside its cost."""
-        began, cpu = time.monotonic(), _cpu_seconds()
+        began = time.monotonic()
         notes: dict[str, Any] = {}
         yield notes
         stages = read_json(self.folder / "stages.json", {})
         stages[name] = {
             "seconds": round(time.monotonic() - began, 2),
-            "cpu_seconds": round(_cpu_seconds() - cpu, 2),
             **notes,
         }
         write_json(self.folder / "stages.json", stages)
-
-
-def _cpu_seconds() -> float:
-    """Of this process and its finished children; Ray's workers count once they have ended."""
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(u.ru_utime + u.ru_stime for u in usages)
 
 
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -168,3 +169,20 @@ def test_stage_2_resumes_from_its_newest_checkpoint(trained: Watched) -> None:
     assert max(record["engine_mismatch"]["max"] for record in steps[6:]) <= 1e-4
     assert np.isfinite([record["loss"] for record in steps]).all()
     assert read_json(run / "status.json")["time"] > began
+
+
+def test_an_engine_that_does_not_start_ends_with_one_line(trained: Watched, tmp_path: Path) -> None:
+    config = tmp_path / "broken.yaml"
+    config.write_text(CONFIG + "engine: {args: {quantization: no-such-method}}\n")
+    shutil.copytree(
+        trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("completions", "checkpoints", "ray")
+    )
+    raw = read_json(trained.folder / "config.json")
+    raw["engine"]["args"] = {"quantization": "no-such-method"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(raw))
+    stages = read_json(trained.folder / "stages.json")
+    (tmp_path / "run" / "stages.json").write_text(json.dumps({name: stages[name] for name in ("data", "warmup")}))
+    result = _rporec("train", str(config), "--run", str(tmp_path / "run"), "--resume", "--stages", "stage1")
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert result.stderr.count("\n") == 1
+    assert "no-such-method" in result.stderr
