@@ -72,6 +72,12 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
         ray.shutdown()
 
 
+def core(index: int) -> int:
+    """The core that the `index`-th worker of this machine is pinned to, among those it may use."""
+    cores = sorted(os.sched_getaffinity(0))
+    return cores[index % len(cores)]
+
+
 def last_words(error: BaseException) -> str:
     """The line of a Ray error that says what happened, without the traceback that it carries."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -24,7 +24,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayError, RayTaskError
 
-from actors.cluster import Cluster, last_words
+from actors.cluster import Cluster, core, last_words
 from actors.reward import RewardWorker, reward_options
 from actors.rollout import RolloutWorker, rollout_options
 from actors.weight_store import WeightStore
@@ -32,6 +32,7 @@ from rporec.config import Config
 from rporec.engine.types import FIRST_VERSION, EngineError, Version
 from rporec.files import append_line, read_json, read_lines, replacing, write_json
 from rporec.recipes import load_recipe
+from rporec.report.tensorboard import Scalars
 from rporec.rl.ledger import Group, Ledger
 from rporec.rl.rollout_schema import GroupMeta, Lease
 from rporec.run import Run
@@ -51,7 +52,7 @@ class Worker:
     pid: int = 0
     node: str = ""
     state: str = "STARTING"
-    attempt: int = 0  # of the weights that it has; leases wait until it is the ledger's
+    version: Version = FIRST_VERSION  # of the weights that it has
     validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
     # Held while weights enter or a validation is being written: a validation has one version.
     weights: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -74,6 +75,7 @@ class Controller:
         self.recipe = load_recipe(run, config)
         self.prompts = self.recipe.rl_prompts()
         self.ledger = self._open_ledger()
+        self.board = Scalars(run.folder / "tensorboard")
         self.store: Any = None
         self.rollouts: list[Worker] = []
         self.rewards: list[Worker] = []
@@ -153,13 +155,15 @@ class Controller:
 
     async def publish(self) -> None:
         """Bring each new version to every rollout worker; validate the versions that are due."""
-        newest = FIRST_VERSION
+        newest: Version | None = None
         while True:
             await _signal(self.weights_due)
             if newest == self.ledger.version:
                 continue
             newest = self.ledger.version
             due = newest.number % self.config.rl.validate_every == 0 or newest.number == self.config.steps
+            if due:
+                await self.store.pin.remote(newest)  # until it is validated, however many follow it
             for index, worker in enumerate(w for w in self.rollouts if w.state == "ALIVE"):
                 self._spawn(self._sync(worker, newest, validate=due and index == 0))
 
@@ -222,37 +226,36 @@ class Controller:
         async with worker.weights:
             if version < self.ledger.version and not validate:
                 return  # a newer version has come while this one waited
+            worker.validating = validate
             try:
                 await worker.actor.update_weights.remote(version, await self.store.get.remote(version))
+                worker.version = version
+                self.room.set()
+                if validate:
+                    await self._validate(worker, version)
             except RayTaskError:
                 raise
             except RayError as error:
                 self._lost(worker, error)
-                return
-            worker.attempt = version.attempt
-            self.room.set()
-            if validate:
-                worker.validating = True
-                try:
-                    await self._validate(worker, version)
-                finally:
-                    worker.validating = False
-                    self.room.set()
+            finally:
+                worker.validating = False
+                self.room.set()
+                if validate:
+                    await self.store.unpin.remote(version)
 
     async def _validate(self, worker: Worker, version: Version) -> None:
         """Greedy decoding for the fixed validation users under one pinned version."""
-        await self.store.pin.remote(version)
         samples, prompts, spec = self.recipe.validation()
         texts = await worker.actor.generate_many.remote(prompts, spec)
         judge = next(judge for judge in self.rewards if judge.state == "ALIVE")
         result = await judge.actor.validate.remote(samples, [row[0]["text"] for row in texts])
         record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
         append_line(self.run.validation, record)
+        self.board.write(version.number, {"validation": result})
         if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
             await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
             self.best = record
             write_json(self.run.folder / "best.json", record)
-        await self.store.unpin.remote(version)
 
     # --- what learners call ------------------------------------------------------------------
     async def attach(self, rank: int, pid: int, node: str, committed: int) -> int:
@@ -264,8 +267,8 @@ class Controller:
             self._rollback(committed)
         return self.ledger.version.attempt
 
-    async def resumed(self) -> None:
-        """Rank 0 has published the weights of the checkpoint from which it started."""
+    async def attached(self) -> None:
+        """Rank 0 has published the weights that it started from."""
         self.weights_due.set()
 
     async def next_batch(self, step: int) -> Batch | None:
@@ -326,6 +329,7 @@ class Controller:
         }
         checkpoint = newest_checkpoint(self.run)
         if checkpoint is None:
+            self._cut_steps(0)
             return Ledger(**settings)
         state = read_json(checkpoint / "controller.json")
         self.best = state["best"]
@@ -343,7 +347,7 @@ class Controller:
             engine=self.config.engine,
             context=self.recipe.context,
             seed=self.config.seed + index,
-            cpu_core=None if self.cluster.cuda else index % (os.cpu_count() or 1),
+            cpu_core=None if self.cluster.cuda else core(index),
         )
         slots = max(1, self.config.engine.max_num_seqs // self.config.group_size)
         worker = Worker(name, actor, slots)
@@ -374,8 +378,10 @@ class Controller:
             self._lost(worker, error)
 
     def _may_lease(self, worker: Worker) -> bool:
-        current = worker.attempt == self.ledger.version.attempt
-        return worker.state == "ALIVE" and current and not worker.validating and worker.running < worker.slots
+        """Not to a worker whose tokens would be too old, or of an undone attempt, when they come back."""
+        ours, newest = worker.version, self.ledger.version
+        fresh = ours.attempt == newest.attempt and ours.number >= newest.number - self.config.max_staleness
+        return worker.state == "ALIVE" and fresh and not worker.validating and worker.running < worker.slots
 
     def _lost(self, worker: Worker, error: BaseException) -> None:
         """A worker died: its groups go back to PENDING, and the run goes on with the others."""
@@ -406,11 +412,7 @@ class Controller:
     def _cut_steps(self, step: int) -> None:
         """Forget what was logged of steps that are undone: each step stands in the file once."""
         for path in (self.run.steps, self.run.validation):
-            kept = [
-                record
-                for record in read_lines(path)
-                if record["step"] < step or (path == self.run.validation and record["step"] == step)
-            ]
+            kept = [record for record in read_lines(path) if record["step"] < step]
             with replacing(path) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
@@ -463,6 +465,7 @@ class Controller:
         self.window.clear()
         self.reward_seconds = 0.0
         append_line(self.run.steps, self.last_step)
+        self.board.write(step, self.last_step)
 
     def _status(self) -> dict[str, Any]:
         actors = [

@@ -177,10 +177,10 @@ def rl_loop(spec: dict[str, Any]) -> None:
             ray.get(store.put.remote(version, flat))
         return version
 
-    if step:
-        publish(step)
-        if rank == 0:
-            ray.get(controller.resumed.remote())
+    dist.barrier()  # no rank asks for a batch before rank 0 has rolled the ledger back
+    publish(step)
+    if rank == 0:
+        ray.get(controller.attached.remote())
     while True:
         clock = learner.start_step()
         batch = ray.get(controller.next_batch.remote(step))

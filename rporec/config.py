@@ -156,14 +156,12 @@ class RLConfig(Section):
     sequence_mask: tuple[float, float] | None = (0.5, 2.0)
     top_entropy: float = Field(0.2, gt=0, le=1)  # share of completion tokens that carry the policy gradient
     grad_clip: float = Field(1.0, gt=0)
-    epochs: float = Field(100.0, gt=0)  # passes over the RL slice at most
     temperature: float = Field(1.0, gt=0)
     max_tokens: int | None = Field(None, ge=1)  # None: sampling.max_tokens
     dynamic_sampling: bool = False  # drop groups of equal reward and lease others
     micro_batch_groups: int = Field(8, ge=1)
     validate_every: int = Field(5, ge=1)  # versions
     validate_samples: int = Field(256, ge=1)
-    lease_groups: int = Field(4, ge=1)  # groups in one request to a rollout worker
     max_tries: int = Field(3, ge=1)  # of one group before it is dropped
 
 

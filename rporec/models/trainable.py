@@ -128,10 +128,12 @@ class Trainable:
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over ranks, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
+    """Sum over ranks, on the device of `values`."""
+    if dist.get_world_size() == 1:
+        return values
+    shared = values.to("cuda" if dist.get_backend() == "nccl" else "cpu", copy=True)
+    dist.all_reduce(shared)
+    return shared.to(values.device)
 
 
 def all_concatenate(values: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from rporec.models.experts import Experts, rows_of
 from rporec.models.head_inputs import HeadInputs
@@ -72,7 +73,15 @@ def train_stage_head(
     def report(epoch: int, loss: float, ndcg: float) -> None:
         progress({"head": name, "epoch": epoch, "epochs": config.head.epochs, "loss": loss, "ndcg@10": ndcg})
 
-    shared: dict[str, Any] = {"exclude_history": masks, "seed": seed, "rank": rank, "world": world, "progress": report}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shared: dict[str, Any] = {
+        "device": device,
+        "exclude_history": masks,
+        "seed": seed,
+        "rank": rank,
+        "world": world,
+        "progress": report,
+    }
     head = fresh()
     result = train_head(head, data.train, data.targets, data.valid, data.valid_targets, **shared)
     if rank == 0:

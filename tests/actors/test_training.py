@@ -89,6 +89,14 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
     assert "rechead_history" in trained.output
 
 
+def test_tensorboard_finds_the_steps(trained: Watched) -> None:
+    assert any((trained.folder / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_version_0_is_validated_so_that_the_best_may_be_no_rl(trained: Watched) -> None:
+    assert [record["version"] for record in read_lines(trained.folder / "validation.jsonl")] == [0, 3, 6]
+
+
 def test_the_table_can_be_computed_again_from_the_ranks(trained: Watched) -> None:
     summary = read_json(trained.folder / "metrics.json")
     ranks = pq.read_table(trained.folder / "ranks.parquet").to_pandas()
