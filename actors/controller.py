@@ -51,6 +51,7 @@ class Worker:
     running: int = 0
     pid: int = 0
     node: str = ""
+    started_at: float = 0.0  # CPU seconds that its start took
     state: str = "STARTING"
     version: Version = FIRST_VERSION  # of the weights that it has
     validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
@@ -97,6 +98,7 @@ class Controller:
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
         self.failure: str | None = None
+        self.cpu_seconds: float | None = None  # known when the training is over
 
     # --- the loop ----------------------------------------------------------------------------
     async def start(self) -> None:
@@ -314,6 +316,7 @@ class Controller:
         for task in list(self.tasks):
             task.cancel()
         self.ledger.cancel()
+        self.cpu_seconds = await self._cpu_seconds()
         for worker in (*self.rollouts, *self.rewards):
             worker.state = "STOPPED"
             ray.kill(worker.actor)
@@ -369,6 +372,7 @@ class Controller:
         except RayActorError as error:
             raise EngineError(f"{worker.name} did not start: {last_words(error)}") from None
         worker.pid, worker.node, worker.state = status["pid"], status["node"], "ALIVE"
+        worker.started_at = status["cpu_seconds"]
 
     async def _abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""
@@ -448,6 +452,17 @@ class Controller:
             raise RuntimeError(f"the controller failed: {self.failure}")
 
     # --- what a person sees ------------------------------------------------------------------
+    async def _cpu_seconds(self) -> float:
+        """What rollout, reward and learner processes have computed for, their starts apart."""
+        alive = [worker for worker in (*self.rollouts, *self.rewards) if worker.state == "ALIVE"]
+        answers = await asyncio.gather(*(worker.actor.status.remote() for worker in alive), return_exceptions=True)
+        spent = [
+            answer["cpu_seconds"] - worker.started_at
+            for worker, answer in zip(alive, answers, strict=True)
+            if isinstance(answer, dict)
+        ]
+        return sum(spent) + self.last_step.get("cpu_seconds", 0.0) * self.config.learners
+
     def _write_step(self, step: int, metrics: dict[str, Any]) -> None:
         metas = list(self.metas)[-self.config.groups_per_step :]
         now = time.monotonic()
@@ -485,6 +500,7 @@ class Controller:
             "actors": [me, *actors, *self.learners],
             "last_step": self.last_step,
             "best": self.best,
+            "cpu_seconds": self.cpu_seconds,
             "failure": self.failure,
             "time": time.time(),
         }

@@ -122,7 +122,7 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     )
     pad = recipe.writer.tokenizer.pad_token_id
     order = Shuffled(len(pairs), config.seed)
-    began = time.monotonic()
+    began, cpu = time.monotonic(), time.process_time()
     for step in range(steps):
         rows = order.take(warmup.batch_size)
         mine = [pairs[row] for row in rows[rank::world]]
@@ -139,8 +139,8 @@ def warmup_loop(spec: dict[str, Any]) -> None:
             total += loss.detach().cpu()
         loss = all_sum(total).item()
         if rank == 0:
-            seconds = time.monotonic() - began
-            record = {"step": step, "steps": steps, "loss": loss, "lr": policy.lr, "tokens": tokens, "seconds": seconds}
+            spent = {"seconds": time.monotonic() - began, "cpu_seconds": (time.process_time() - cpu) * world}
+            record = {"step": step, "steps": steps, "loss": loss, "lr": policy.lr, "tokens": tokens, **spent}
             append_line(spec["log"], record)
     if rank == 0:
         save_model(policy.engine.module, recipe.writer.tokenizer, spec["out"])
@@ -181,6 +181,7 @@ def rl_loop(spec: dict[str, Any]) -> None:
     publish(step)
     if rank == 0:
         ray.get(controller.attached.remote())
+    started_at = time.process_time()
     while True:
         clock = learner.start_step()
         batch = ray.get(controller.next_batch.remote(step))
@@ -200,6 +201,7 @@ def rl_loop(spec: dict[str, Any]) -> None:
         if rank == 0:
             record = {"attempt": attempt, "step": step, "version": batch.version.number, **metrics}
             record["seconds"] = clock.seconds()
+            record["cpu_seconds"] = round(time.process_time() - started_at, 3)
             ray.get(controller.finished_step.remote(step, version, record))
             if (run.checkpoints / f"step_{step + 1}.tmp").exists():
                 ray.get(controller.commit.remote(step + 1))

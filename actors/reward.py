@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -35,4 +36,5 @@ class RewardWorker:
         return self.judge.validate(samples, texts)
 
     def status(self) -> dict[str, Any]:
-        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+        node = ray.get_runtime_context().get_node_id()
+        return {"pid": os.getpid(), "node": node, "cpu_seconds": time.process_time()}

@@ -153,6 +153,7 @@ class RolloutWorker:
         return {
             "name": self._name,
             "pid": os.getpid(),
+            "cpu_seconds": time.process_time(),
             "node": self._node,
             "version": self._engine.version,
             **self._engine.stats(),

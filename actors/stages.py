@@ -115,26 +115,31 @@ def warm_up(job: Job) -> None:
         if config.warmup.steps == 0:
             return
         _teach(job, recipe)
-        log = run.folder / "warmup.jsonl"
-        log.unlink(missing_ok=True)
-        spec = {
-            "run": run,
-            "config": config,
-            "steps": config.warmup.steps,
-            "log": log,
-            "out": run.folder / "warmup" / "model",
-        }
-        with progress("warm-up", console=job.console) as bar:
+        notes |= _supervise(job, "warmup", config.warmup.steps)
 
-            def watch() -> None:
-                if records := read_lines(log):
-                    last = records[-1]
-                    bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
 
-            _fit(job, warmup_loop, spec, "warmup", config.learners, watch)
-            watch()
-        last = read_lines(log)[-1]
-        notes |= {"steps": last["steps"], "loss": last["loss"], "training_seconds": round(last["seconds"], 2)}
+def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
+    """Train the backbone on the rationales into `RUN/name/model`; returns what it took."""
+    log = job.run.folder / f"{name}.jsonl"
+    log.unlink(missing_ok=True)
+    out = job.run.folder / name / "model"
+    spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "out": out}
+    with progress(name, console=job.console) as bar:
+
+        def watch() -> None:
+            if records := read_lines(log):
+                last = records[-1]
+                bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
+
+        _fit(job, warmup_loop, spec, name, job.config.learners, watch)
+        watch()
+    last = read_lines(log)[-1]
+    return {
+        "steps": last["steps"],
+        "loss": last["loss"],
+        "training_seconds": round(last["seconds"], 2),
+        "cpu_seconds": round(last["cpu_seconds"], 1),
+    }
 
 
 def _make_backbone(job: Job) -> None:
@@ -339,7 +344,7 @@ def reinforce(job: Job) -> None:
             ray.kill(controller)
             (run.folder / "run.json").unlink(missing_ok=True)
         status = read_json(run.folder / "status.json")
-        notes |= {"groups": status["groups"], "best": status["best"]}
+        notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
 
 
 # --- evaluate --------------------------------------------------------------------------------
@@ -353,11 +358,26 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     with run.stage("evaluate"):
         if run.best_model.is_dir():
             _write_completions(job, recipe, run.best_model, _test_parts(job, recipe, "stage2"))
+        if config.more_warmup:
+            _more_warmup(job, recipe)
         with progress("ranking", console=job.console) as bar:
             summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
     write_report(run.folder)
     print_table(summary, job.console)
     return summary
+
+
+def _more_warmup(job: Job, recipe: RPORec) -> None:
+    """The control that RL must beat: its CPU seconds spent on a longer warm-up from the same backbone."""
+    run = job.run
+    if not (run.folder / "more_warmup" / "model").is_dir():
+        stages = read_json(run.folder / "stages.json")
+        warmup = stages["warmup"]
+        per_step = warmup["cpu_seconds"] / warmup["steps"]
+        steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
+        _supervise(job, "more_warmup", steps)
+    parts = _test_parts(job, recipe, "more_warmup")
+    _write_completions(job, recipe, run.folder / "more_warmup" / "model", parts)
 
 
 def _fit(

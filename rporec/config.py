@@ -209,6 +209,7 @@ class Config(Section):
     max_warmup_samples: int | None = Field(None, ge=0)
     max_head_samples: int | None = Field(None, ge=1)
     max_eval_samples: int | None = Field(None, ge=1)  # of validation and of test, newest first; None: all
+    more_warmup: bool = False  # control: spend RL's CPU seconds on more warm-up steps and evaluate that too
     eval_samples: int = Field(4, ge=0)  # completions a test user for the `_sampled` rows; 0: no such rows
 
     @property
@@ -229,6 +230,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _contradictions(self) -> Config:
+        if self.more_warmup and (self.warmup.steps == 0 or self.steps == 0):
+            raise ValueError("more_warmup compares RL with more warm-up; it needs both (steps, warmup.steps)")
         if self.max_staleness > 0 and self.rl.correction == "none":
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":

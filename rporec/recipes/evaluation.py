@@ -15,6 +15,7 @@ from rporec.evaluation.cold import cold_items, held_rows
 from rporec.evaluation.table import RankTable, metrics, write_metrics
 from rporec.files import write_json
 from rporec.models.head_inputs import HeadInputs
+from rporec.models.rechead import RecHead
 from rporec.recipes.head_stage import final_head
 from rporec.recipes.rporec import RPORec
 from rporec.rl.judge import head_inputs
@@ -67,10 +68,19 @@ def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, n
         if run.completions(stage, "test_sampled").is_dir():
             samples, texts = read_completions(run.completions(stage, "test_sampled"))
             yield f"rporec_{stage}_sampled", samples, _scored(head, head_inputs(dataset, samples, texts))
+    yield from _more_warmup(recipe, run, head)
     yield from _ceilings(recipe, head.scores, test)
 
 
-def _scored(head: Any, inputs: HeadInputs) -> Scores:
+def _more_warmup(recipe: RPORec, run: Run, head: RecHead) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """Stage 1 with RL's CPU time spent on more warm-up, under the same frozen head."""
+    for part, name in (("test", "rporec_stage1_moresft"), ("test_sampled", "rporec_stage1_moresft_sampled")):
+        if run.completions("more_warmup", part).is_dir():
+            samples, texts = read_completions(run.completions("more_warmup", part))
+            yield name, samples, _scored(head, head_inputs(recipe.dataset, samples, texts))
+
+
+def _scored(head: RecHead, inputs: HeadInputs) -> Scores:
     return lambda rows: head.scores(inputs.take(rows)).numpy()
 
 
