@@ -44,7 +44,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     import ray
 
     logging.getLogger("ray").setLevel(logging.ERROR)
-    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.WARNING, "log_to_driver": False}
+    options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {
             "num_cpus": max(4, os.cpu_count() or 1),  # logical: roles place themselves by the resources below

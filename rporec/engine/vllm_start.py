@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rporec.config import EngineConfig
-from rporec.engine.step_loop import last_words, out_of_memory
+from rporec.engine.step_loop import out_of_memory
 from rporec.engine.types import EngineError
 
 CPU_BLOCK_SIZE = 32  # tokens; prefixes are cached in whole blocks and vLLM's default here, 128, caches few
@@ -71,5 +71,11 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
         return LLM(**{**args, **config.args})
     except Exception as error:
         knob = "engine.kv_cache_mb" if device == "cpu" else "engine.args.gpu_memory_utilization or engine.max_num_seqs"
-        cause = f"not enough memory on the {device}; change {knob}" if out_of_memory(error) else "see the log above"
-        raise EngineError(f"{name} did not start on {model_dir}: {last_words(error)}; {cause}") from error
+        cause = (
+            f"not enough memory on the {device}; change {knob}"
+            if out_of_memory(error)
+            else "see engine.* in the config"
+        )
+        # vLLM's faults of configuration say what is wrong in their second line.
+        words = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise EngineError(f"{name} did not start on {model_dir}: {words}; {cause}") from error
