@@ -145,10 +145,10 @@ class Controller:
     async def train(self) -> None:
         """Give each learner step its groups: oldest version first, none beyond the staleness bound."""
         while self.step < self.config.steps:
-            step = self.step
             while (groups := self.ledger.take_step()) is None:
                 self.room.set()  # what was dropped as stale leaves room
                 await _signal(self.scored)
+            step = self.step  # read now: a rollback may have come while this waited
             self.metas.extend(group.meta for group in groups if group.meta is not None)
             self._batch(step).set_result(Batch(step, self.ledger.version, tuple(group.payload for group in groups)))
             while self.step == step:
