@@ -10,6 +10,7 @@ from rporec.config import EngineConfig
 from rporec.engine.step_loop import out_of_memory
 from rporec.engine.types import EngineError
 
+CPU_BATCHED_TOKENS = 4096  # of one step: whole prompts, as many as fit
 CPU_BLOCK_SIZE = 32  # tokens; prefixes are cached in whole blocks and vLLM's default here, 128, caches few
 
 
@@ -60,6 +61,10 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
         args |= {
             "dtype": "float32" if config.dtype == "auto" else config.dtype,
             "enforce_eager": True,
+            # vLLM rewinds a seeded request's generator after each part of a prompt but the last, which a
+            # CPU generator cannot do: prompts are never cut.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(context, CPU_BATCHED_TOKENS),
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": config.kv_cache_mb * 2**20,
         }

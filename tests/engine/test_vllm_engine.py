@@ -119,6 +119,15 @@ def test_a_completion_depends_on_its_seed_and_index_not_on_the_size_of_its_group
     assert one[0].token_ids.tolist() == three[0].token_ids.tolist()
 
 
+def test_more_prompt_tokens_than_a_step_takes_do_not_stop_seeded_requests(engine):
+    """A prompt cut into two steps would rewind a CPU generator, which has no such thing, and end the engine."""
+    prompts = [RNG.integers(5, 250, 240).tolist() for _ in range(32)]
+    engine.pause()
+    asked = [engine.submit(prompt, SamplingSpec(max_tokens=4, seed=i, stop=())) for i, prompt in enumerate(prompts)]
+    engine.resume()
+    assert all(len(future.result()) == 1 for future in asked)
+
+
 def test_scores_equal_transformers_even_when_a_sequence_fills_the_context(engine, model):
     sequences = [*PROMPTS, RNG.integers(5, 250, 256).tolist(), [9]]
     for sequence, scores in zip(sequences, engine.score(sequences).result(60), strict=True):
