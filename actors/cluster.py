@@ -47,6 +47,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         options |= {
+            "address": "local",  # whatever RAY_ADDRESS says
             "num_cpus": max(4, os.cpu_count() or 1),  # logical: roles place themselves by the resources below
             "resources": {
                 "rollout": config.rollout_workers + _SPARE,

@@ -123,7 +123,7 @@ class Controller:
     async def produce(self) -> None:
         """Admit prompts while the ledger has capacity; lease them to workers with free slots."""
         while True:
-            while self.ledger.capacity() > 0 and self.step < self.config.steps:
+            while self.ledger.capacity() > 0 and self._wanted():
                 self.ledger.admit(*self.recipe.draw(self.ledger.admitted))
             for worker in sorted(self.rollouts, key=lambda worker: worker.running):
                 while self._may_lease(worker):
@@ -381,6 +381,11 @@ class Controller:
         except RayError as error:
             self._lost(worker, error)
 
+    def _wanted(self) -> bool:
+        """Whether the steps that are left need another group."""
+        dropped = sum(self.ledger.counts()["DROPPED"].values())
+        return self.ledger.admitted - dropped < self.config.steps * self.config.groups_per_step
+
     def _may_lease(self, worker: Worker) -> bool:
         """Not to a worker whose tokens would be too old, or of an undone attempt, when they come back."""
         ours, newest = worker.version, self.ledger.version
@@ -412,6 +417,8 @@ class Controller:
                 self._spawn(self._abort(worker))
         self.stepped_on.set()
         self._cut_steps(committed)
+        self.scored.set()
+        self.room.set()
 
     def _cut_steps(self, step: int) -> None:
         """Forget what was logged of steps that are undone: each step stands in the file once."""

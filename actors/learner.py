@@ -187,8 +187,7 @@ def rl_loop(spec: dict[str, Any]) -> None:
         batch = ray.get(controller.next_batch.remote(step))
         if batch is None:
             return
-        share = len(batch.payloads) // world
-        groups = ray.get(list(batch.payloads[rank * share : (rank + 1) * share]))
+        groups = ray.get(list(batch.payloads[rank::world]))  # every rank gets old groups and new ones
         clock.lap("wait")
         metrics = learner.step(groups, batch.version, clock)
         version = publish(step + 1)

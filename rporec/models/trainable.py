@@ -66,6 +66,7 @@ class Trainable:
         self.accumulation = accumulation
         bf16 = config.deepspeed.bf16 if config.deepspeed.bf16 is not None else cuda
         module = load_model(model, torch.bfloat16 if bf16 else torch.float32, config.lora)
+        module.train()  # gradient checkpointing works in no other mode
         if cuda:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         settings: dict[str, Any] = {
@@ -78,7 +79,7 @@ class Trainable:
             "optimizer": {
                 "type": "AdamW",
                 # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at start.
-                "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": weight_decay, "torch_adam": not cuda},
+                "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": weight_decay, "torch_adam": True},
             },
             "steps_per_print": 10**9,
             **config.deepspeed.args,

@@ -200,10 +200,11 @@ def completions(batch: pa.RecordBatch) -> list[Completion]:
 
 
 def split_groups(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
-    """One slice per group, in order; rows of a group are adjacent."""
+    """One batch per group, in order; rows of a group are adjacent."""
     groups = batch.column("group").to_numpy()
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(groups)]])
-    return [batch.slice(start, end - start) for start, end in itertools.pairwise(bounds) if end > start]
+    # Copies: a slice would be pickled with all of its parent's buffers.
+    return [batch.take(pa.array(np.arange(start, end))) for start, end in itertools.pairwise(bounds) if end > start]
 
 
 def group_meta(batch: pa.RecordBatch, gaming: Mapping[str, float] | None = None) -> GroupMeta:
