@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
+from rporec.evaluation.cold import rows_of as rows_of
 from rporec.evaluation.ranking import ndcg, ranks
 from rporec.models.head_inputs import HeadInputs
 
@@ -31,17 +32,6 @@ GRID = (0.0, *(2.0**power for power in range(-5, 6)))
 REFINE = (0.5, 0.7, 0.85, 1.2, 1.4)  # of the present scalar, tried beside the grid
 CANDIDATES = 40  # best items of each component per sample that the search ranks
 ABSENT = -1e9  # score of a candidate slot that a row does not need
-
-
-def rows_of(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
-    """Interaction rows that these samples hold as target or history, int64, ascending.
-
-    For each user everything up to the last of the samples: what a head trained on them has seen.
-    """
-    last = np.full(len(dataset.user_ids), -1, dtype=np.int64)
-    np.maximum.at(last, dataset.sample_user[samples], dataset.sample_row[samples])
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
-    return np.flatnonzero(np.arange(len(dataset.items)) <= last[owner])
 
 
 @dataclass(frozen=True)
