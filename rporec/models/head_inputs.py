@@ -36,11 +36,16 @@ class HeadInputs:
         """The same histories with an empty CoT and answer and format 0."""
         return HeadInputs.without_text(self.seen, self.time)
 
-    def shuffled(self, rng: np.random.Generator) -> HeadInputs:
-        """CoT, answer and format dealt out anew together; with two rows or more none keeps its own."""
-        order = rng.permutation(len(self))
+    def shuffled(self, users: np.ndarray, rng: np.random.Generator) -> HeadInputs:
+        """CoT, answer and format dealt out anew together, between users [B].
+
+        No row gets text of its own user unless one user has more than half of the rows.
+        """
+        _, codes, counts = np.unique(users, return_inverse=True, return_counts=True)
+        # Users in a random order, one block each: further on by the largest block is another user's.
+        order = np.lexsort((rng.random(len(self)), rng.permutation(len(counts))[codes]))
         source = np.empty_like(order)
-        source[order] = np.roll(order, 1)
+        source[order] = np.roll(order, counts.max(initial=0))
         text = self.take(source)
         return replace(self, cot=text.cot, answer=text.answer, format=text.format)
 

@@ -63,8 +63,8 @@ def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, n
         yield f"rporec_{stage}", samples, _scored(head, inputs)
         if ablations:
             yield f"rporec_{stage}_blank", samples, _scored(head, inputs.blank())
-            rng = np.random.default_rng(config.seed)
-            yield f"rporec_{stage}_shuffled", samples, _scored(head, inputs.shuffled(rng))
+            shuffled = inputs.shuffled(dataset.sample_user[samples], np.random.default_rng(config.seed))
+            yield f"rporec_{stage}_shuffled", samples, _scored(head, shuffled)
         if run.completions(stage, "test_sampled").is_dir():
             samples, texts = read_completions(run.completions(stage, "test_sampled"))
             yield f"rporec_{stage}_sampled", samples, _scored(head, head_inputs(dataset, samples, texts))
@@ -72,12 +72,18 @@ def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, n
     yield from _ceilings(recipe, head.scores, test)
 
 
-def _more_warmup(recipe: RPORec, run: Run, head: RecHead) -> Iterator[tuple[str, np.ndarray, Scores]]:
-    """Stage 1 with RL's CPU time spent on more warm-up, under the same frozen head."""
-    for part, name in (("test", "rporec_stage1_moresft"), ("test_sampled", "rporec_stage1_moresft_sampled")):
-        if run.completions("more_warmup", part).is_dir():
-            samples, texts = read_completions(run.completions("more_warmup", part))
-            yield name, samples, _scored(head, head_inputs(recipe.dataset, samples, texts))
+def _more_warmup(recipe: RPORec, run: Run, frozen: RecHead) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """Stage 1 with RL's CPU time spent on more warm-up: under a head of its own, and under the one RL had."""
+    if not run.head("more_warmup/head").is_dir():
+        return
+    own = final_head(run, recipe, "more_warmup/head")
+    for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
+        if not run.completions("more_warmup", part).is_dir():
+            continue
+        samples, texts = read_completions(run.completions("more_warmup", part))
+        inputs = head_inputs(recipe.dataset, samples, texts)
+        yield f"rporec_stage1_moresft{suffix}", samples, _scored(own, inputs)
+        yield f"rporec_stage1_moresft_frozen{suffix}", samples, _scored(frozen, inputs)
 
 
 def _scored(head: RecHead, inputs: HeadInputs) -> Scores:

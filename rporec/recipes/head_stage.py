@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,15 @@ class HeadData:
         return HeadData(self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
 
 
-def head_data(recipe: RPORec, run: Run) -> HeadData:
-    """The head slice and validation with what the LLM before RL wrote for them."""
-    train, targets = _part(recipe, run, "head")
-    valid, valid_targets = _part(recipe, run, "valid")
+def head_data(recipe: RPORec, run: Run, stage: str = "stage1") -> HeadData:
+    """The head slice and validation with what the LLM of `stage` wrote for them."""
+    train, targets = _part(recipe, run.completions(stage, "head"))
+    valid, valid_targets = _part(recipe, run.completions(stage, "valid"))
     return HeadData(train, targets, valid, valid_targets)
 
 
-def _part(recipe: RPORec, run: Run, part: str) -> tuple[HeadInputs, np.ndarray]:
-    samples, texts = read_completions(run.completions("stage1", part))
+def _part(recipe: RPORec, folder: Path) -> tuple[HeadInputs, np.ndarray]:
+    samples, texts = read_completions(folder)
     return head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)
 
 

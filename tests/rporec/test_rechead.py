@@ -53,11 +53,12 @@ def inputs(answers: list[str], seen: list[list[int]] | None = None) -> HeadInput
 # -- inputs ---------------------------------------------------------------------------------------
 
 
-def test_shuffled_moves_every_text_and_no_history() -> None:
-    before = inputs([f"answer{n}" for n in range(20)], [[n] for n in range(20)])
-    after = before.shuffled(np.random.default_rng(0))
+def test_shuffled_moves_every_text_to_another_user_and_no_history() -> None:
+    users = np.repeat(np.arange(6), [1, 5, 2, 4, 1, 7])
+    before = inputs([f"{user} wrote {n}" for n, user in enumerate(users)], [[n] for n in range(20)])
+    after = before.shuffled(users, np.random.default_rng(0))
     assert sorted(after.answer) == sorted(before.answer)
-    assert all(a != b for a, b in zip(after.answer, before.answer, strict=True))
+    assert all(text.split()[0] != str(user) for text, user in zip(after.answer, users, strict=True))
     assert [int(s[0]) for s in after.seen] == list(range(20))
 
 
