@@ -48,7 +48,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     if address is None:
         options |= {
             "address": "local",  # whatever RAY_ADDRESS says
-            "num_cpus": max(4, os.cpu_count() or 1),  # logical: roles place themselves by the resources below
+            "num_cpus": max(4, cores()),  # logical: roles place themselves by the resources below
             "resources": {
                 "rollout": config.rollout_workers + _SPARE,
                 "reward": config.reward_workers + _SPARE,
@@ -63,20 +63,50 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
         options |= {"address": address}
     context = ray.init(**options)
     try:
+        offered = ray.cluster_resources()
         yield Cluster(
             address=context.address_info["gcs_address"],
             namespace=namespace,
             local=address is None,
-            cuda=ray.cluster_resources().get("GPU", 0) > 0,
+            cuda=offered.get("GPU", 0) > 0 and (address is not None or _cuda_torch()),
         )
     finally:
         ray.shutdown()
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
 def core(index: int) -> int:
     """The core that the `index`-th worker of this machine is pinned to, among those it may use."""
-    cores = sorted(os.sched_getaffinity(0))
-    return cores[index % len(cores)]
+    allowed = sorted(os.sched_getaffinity(0))
+    return allowed[index % len(allowed)]
+
+
+def _cuda_torch() -> bool:
+    """Whether this machine's torch could use the GPUs that Ray sees."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def missing_roles(needed: dict[str, int]) -> list[str]:
+    """Roles of `{role: workers}` for which the cluster, as it is now, declares too little of their resource."""
+    import ray
+
+    offered = ray.cluster_resources()
+    return [
+        f"{role} ({offered.get(role, 0):g} of {count})"
+        for role, count in needed.items()
+        if offered.get(role, 0) < count
+    ]
+
+
+def log_of(pid: int) -> str:
+    """Where an actor's last output is, on its own node."""
+    return f"/tmp/ray/session_latest/logs/worker-*-{pid}.err"
 
 
 def last_words(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """The controller: the asynchronous loop of stage 2 on one screen.
 
 `produce` leases prompts to rollout workers, `score` sends what they wrote to reward workers, `train`
-hands finished groups to the learners, `publish` brings their new weights to the rollout workers,
-`validate` watches what became of the policy. They share one `Ledger`, which alone decides what may be
+hands finished groups to the learners, `publish` brings their new weights to the rollout workers and
+has the versions that are due validated. They share one `Ledger`, which alone decides what may be
 leased, consumed or dropped; the controller holds references, never tensors. Payloads are method
 return values, so the controller owns them and a dead worker takes none along.
 """
@@ -15,48 +15,40 @@ import json
 import os
 import shutil
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
-from actors.cluster import Cluster, core, last_words
+from actors.cluster import Cluster, core, last_words, log_of
 from actors.reward import RewardWorker, reward_options
 from actors.rollout import RolloutWorker, rollout_options
 from actors.weight_store import WeightStore
-from rporec.config import Config
-from rporec.engine.types import FIRST_VERSION, EngineError, Version
+from actors.workers import Worker, Workers
+from rporec.config import Config, ConfigError
+from rporec.engine.types import EngineError, GenerationAborted, Version
 from rporec.files import append_line, read_json, read_lines, replacing, write_json
 from rporec.recipes import load_recipe
 from rporec.report.tensorboard import Scalars
 from rporec.rl.ledger import Group, Ledger
-from rporec.rl.rollout_schema import GroupMeta, Lease
+from rporec.rl.rollout_schema import GroupMeta, Lease, read_groups, write_groups
 from rporec.run import Run
 
 # Groups that one reward call may hold: enough to batch, few enough to return within a second.
 REWARD_BATCH = 32
-
-
-@dataclass
-class Worker:
-    """A rollout or reward worker as the controller sees it."""
-
-    name: str
-    actor: Any
-    slots: int  # groups it may hold at once
-    running: int = 0
-    pid: int = 0
-    node: str = ""
-    started_at: float = 0.0  # CPU seconds that its start took
-    state: str = "STARTING"
-    version: Version = FIRST_VERSION  # of the weights that it has
-    validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
-    # Held while weights enter or a validation is being written: a validation has one version.
-    weights: asyncio.Lock = field(default_factory=asyncio.Lock)
+# One bad prompt is dropped; so many in a row, with none that came through, are another fault.
+POISONED_IN_A_ROW = 16
+# Steps' worth of flat groups in a row after which dynamic sampling would draw for ever.
+FLAT_STEPS = 20
+# Returns of a learner to one checkpoint after which it is given up.
+MAX_RESTARTS = 3
+# Seconds before each try to replace a dead worker.
+REPLACEMENT_PAUSES = (0.0, 2.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -72,45 +64,57 @@ class Batch:
 class Controller:
     def __init__(self, run: Run, config: Config, cluster: Cluster) -> None:
         self.run, self.config, self.cluster = run, config, cluster
-        self.best: dict[str, Any] = {}
         self.recipe = load_recipe(run, config)
-        self.prompts = self.recipe.rl_prompts()
+        self.best: dict[str, Any] = {}
+        self.earlier_cpu = 0.0  # CPU seconds of stage 2 before this process
         self.ledger = self._open_ledger()
         self.board = Scalars(run.folder / "tensorboard")
-        self.store: Any = None
-        self.rollouts: list[Worker] = []
-        self.rewards: list[Worker] = []
+        self.store: Any = WeightStore.options(num_cpus=0).remote()
+        slots = max(1, config.engine.max_num_seqs // config.group_size)
+        self.rollouts = Workers("rollout", slots, self._start_rollout)
+        self.rewards = Workers("reward", 1, self._start_reward)
         self.step = self.ledger.step  # the learner's next one
         self.state = "STARTING"
         self.learners: list[dict[str, Any]] = []
         self.last_step: dict[str, Any] = {}
         self.room = asyncio.Event()  # a lease may have become possible
         self.scored = asyncio.Event()  # a group may have become READY
-        self.stepped_on = asyncio.Event()  # the learner has finished a step
+        self.stepped_on = asyncio.Event()  # the learner has finished a step, or was rolled back
         self.weights_due = asyncio.Event()  # the store holds a version that workers lack
         self.written: asyncio.Queue[Group] = asyncio.Queue()
+        self.suspects: set[int] = set()  # groups to be scored alone: a batch with them has failed
         self.idle_rewards: asyncio.Queue[Worker] = asyncio.Queue()
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
         self.metas: deque[GroupMeta] = deque(maxlen=4 * config.groups_per_step)
         self.window = Counter[str]()  # what happened since the last learner step
+        self.in_a_row = Counter[str]()  # "poisoned", "flat": groups since one that was not
         self.reward_seconds = 0.0
         self.stepped = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
+        self.deaths: deque[dict[str, Any]] = deque(maxlen=100)
+        self.restarts = 0  # of the learner since its last commit
+        self.starting = asyncio.Lock()
+        self.interrupted = False
         self.failure: str | None = None
-        self.cpu_seconds: float | None = None  # known when the training is over
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._remember()
+        self._write_status()
 
     # --- the loop ----------------------------------------------------------------------------
     async def start(self) -> None:
-        """Bring up the workers and begin; returns when every one of them is ready."""
-        self.store = WeightStore.options(num_cpus=0).remote()
-        count = self.config.rollout_workers
-        await asyncio.gather(
-            *(self._add_rollout(index) for index in range(count)),
-            *(self._add_reward(index) for index in range(self.config.reward_workers)),
-        )
-        self.state = "RUNNING"
-        self.main = asyncio.create_task(self._loop())
+        """Bring up the workers and begin, unless that was done; returns when every one of them is ready."""
+        async with self.starting:
+            if self.main is not None:
+                return
+            count = {self.rollouts: self.config.rollout_workers, self.rewards: self.config.reward_workers}
+            try:
+                await asyncio.gather(*(self._add(workers, place) for workers, n in count.items() for place in range(n)))
+            except Exception as error:
+                self._fail(error)
+                raise
+            self.state = "RUNNING"
+            self.main = asyncio.create_task(self._loop())
 
     async def _loop(self) -> None:
         try:
@@ -118,72 +122,75 @@ class Controller:
                 for part in (self.produce, self.score, self.train, self.publish, self.heartbeat):
                     group.create_task(part(), name=part.__name__)
         except* Exception as errors:
-            self._fail("; ".join(f"{type(error).__name__}: {error}" for error in errors.exceptions))
+            self._fail(errors.exceptions[0])
 
     async def produce(self) -> None:
-        """Admit prompts while the ledger has capacity; lease them to workers with free slots."""
+        """Admit prompts while the ledger has capacity; lease each to the worker that holds the fewest."""
         while True:
             while self.ledger.capacity() > 0 and self._wanted():
                 self.ledger.admit(*self.recipe.draw(self.ledger.admitted))
-            for worker in sorted(self.rollouts, key=lambda worker: worker.running):
-                while self._may_lease(worker):
-                    if (group := self.ledger.lease(worker.name)) is None:
-                        break
-                    worker.running += 1
-                    self._spawn(self._generate(worker, group))
+            while free := [worker for worker in self.rollouts.alive if self._may_lease(worker)]:
+                worker = min(free, key=lambda worker: worker.running)
+                if (group := self.ledger.lease(worker.name)) is None:
+                    break
+                worker.running += 1
+                self._spawn(self._generate(worker, group))
             await _signal(self.room)
 
     async def score(self) -> None:
         """Send what has been written to idle reward workers, as much at a time as has piled up."""
         while True:
             groups = [await self.written.get()]
-            worker = await self.idle_rewards.get()
-            while not self.written.empty() and len(groups) < REWARD_BATCH:
+            worker = await self._idle_reward()
+            while groups[0].id not in self.suspects and not self.written.empty() and len(groups) < REWARD_BATCH:
                 groups.append(self.written.get_nowait())
             self._spawn(self._reward(worker, groups))
 
     async def train(self) -> None:
         """Give each learner step its groups: oldest version first, none beyond the staleness bound."""
-        while self.step < self.config.steps:
-            while (groups := self.ledger.take_step()) is None:
-                self.room.set()  # what was dropped as stale leaves room
-                await _signal(self.scored)
-            step = self.step  # read now: a rollback may have come while this waited
-            self.metas.extend(group.meta for group in groups if group.meta is not None)
-            self._batch(step).set_result(Batch(step, self.ledger.version, tuple(group.payload for group in groups)))
-            while self.step == step:
+        while True:
+            groups = await self._next_groups()
+            moment = self._moment()  # read now: a rollback may have come while this waited
+            if groups is None:
+                self._give(None)
+            else:
+                self.metas.extend(group.meta for group in groups if group.meta is not None)
+                self._give(Batch(self.step, self.ledger.version, tuple(group.payload for group in groups)))
+            while self._moment() == moment:
                 await _signal(self.stepped_on)
-        self._batch(self.config.steps).set_result(None)
 
     async def publish(self) -> None:
         """Bring each new version to every rollout worker; validate the versions that are due."""
         newest: Version | None = None
         while True:
             await _signal(self.weights_due)
-            if newest == self.ledger.version:
+            if newest == self.ledger.version or self.ledger.version not in await self.store.versions.remote():
                 continue
             newest = self.ledger.version
-            due = newest.number % self.config.rl.validate_every == 0 or newest.number == self.config.steps
-            if due:
+            if newest.number % self.config.rl.validate_every == 0 or newest.number == self.config.steps:
                 await self.store.pin.remote(newest)  # until it is validated, however many follow it
-            for index, worker in enumerate(w for w in self.rollouts if w.state == "ALIVE"):
-                self._spawn(self._sync(worker, newest, validate=due and index == 0))
+                self._spawn(self._validate(newest))
+            for worker in self.rollouts.alive:
+                self._spawn(self._sync(worker))
 
     async def heartbeat(self) -> None:
         while True:
+            await asyncio.gather(self.rollouts.measure(), self.rewards.measure())
             self._write_status()
             await asyncio.sleep(1.0)
 
     # --- one group, one worker ---------------------------------------------------------------
     async def _generate(self, worker: Worker, group: Group) -> None:
-        lease = Lease(group.id, group.sample, self.prompts[group.sample], group.seed)
+        (prompt,) = self.recipe.prompts([group.sample])
+        lease = Lease(group.id, group.sample, prompt, group.seed)
         payload, meta = worker.actor.generate.remote(lease, self.recipe.rollout_spec(lease.seed))
         try:
             described: GroupMeta = await meta
-        except RayTaskError as error:
-            self.ledger.failed(group, last_words(error))
         except RayError as error:
-            self._lost(worker, error)
+            if _is_death(error):
+                self._lost(worker, error)
+            else:
+                self._failed(group, error)
         else:
             if generated := self.ledger.generated(group, payload, described):
                 self.window["tokens"] += described.tokens
@@ -199,87 +206,169 @@ class Controller:
         )
         try:
             metas: list[GroupMeta] = await asyncio.wait_for(report, self.config.reward.timeout)
-        except RayTaskError as error:
-            for group in groups:
-                self.ledger.failed(group, last_words(error))
         except (RayError, TimeoutError) as error:
-            self._lost(worker, error)
-            for group in groups:
-                self.written.put_nowait(group)
+            self._unscored(worker, groups, error)
         else:
             for group, payload, meta in zip(groups, scored, metas, strict=True):
-                if (judged := self.ledger.scored(group, payload, meta)) is None:
-                    continue
-                self.window["flat"] += meta.flat
-                self.window["scored"] += 1
-                if meta.flat and self.config.rl.dynamic_sampling:
-                    self.ledger.drop(judged, "flat")
-                else:
-                    self.ledger.ready(judged)
+                if judged := self.ledger.scored(group, payload, meta):
+                    self._judged(judged, meta)
         finally:
             self.reward_seconds += time.monotonic() - began
-            if worker.state == "ALIVE":
-                self.idle_rewards.put_nowait(worker)
+            self.idle_rewards.put_nowait(worker)
             self.scored.set()
             self.room.set()
 
-    async def _sync(self, worker: Worker, version: Version, *, validate: bool) -> None:
-        """New weights enter between two decode steps; running generations go on under them."""
+    def _unscored(self, worker: Worker, groups: list[Group], error: BaseException) -> None:
+        """Try again elsewhere if the worker is gone, else one by one: only the culprit is to pay with a try."""
+        if isinstance(error, TimeoutError):
+            error = TimeoutError(f"no answer within reward.timeout: {self.config.reward.timeout:g} s")
+        if gone := isinstance(error, TimeoutError) or _is_death(error):
+            self._lost(worker, error)
+        if len(groups) == 1 and (not gone or groups[0].id in self.suspects):
+            self._failed(groups[0], error)
+            return
+        self.suspects.update(group.id for group in groups)
+        for group in groups:
+            self.written.put_nowait(group)
+
+    def _judged(self, group: Group, meta: GroupMeta) -> None:
+        self.suspects.discard(group.id)
+        self.in_a_row["poisoned"] = 0
+        self.in_a_row["flat"] = self.in_a_row["flat"] + 1 if meta.flat else 0
+        self.window["flat"] += meta.flat
+        self.window["scored"] += 1
+        if not (meta.flat and self.config.rl.dynamic_sampling):
+            self.ledger.ready(group)
+            return
+        self.ledger.drop(group, "flat")
+        if self.in_a_row["flat"] >= FLAT_STEPS * self.config.groups_per_step:
+            raise RuntimeError(
+                f"the last {self.in_a_row['flat']} groups had one reward each, so rl.dynamic_sampling drops them all: "
+                "the policy has collapsed; raise rl.kl, lower rl.lr, or switch dynamic sampling off"
+            )
+
+    async def _sync(self, worker: Worker) -> None:
+        """The newest weights enter between two decode steps; running generations go on under them."""
         async with worker.weights:
-            if version < self.ledger.version and not validate:
-                return  # a newer version has come while this one waited
-            worker.validating = validate
-            try:
-                await worker.actor.update_weights.remote(version, await self.store.get.remote(version))
-                worker.version = version
-                self.room.set()
-                if validate:
-                    await self._validate(worker, version)
-            except RayTaskError:
+            newest = self.ledger.version  # read now: a newer one may have come while this waited
+            if worker.state == "ALIVE" and newest in await self.store.versions.remote():
+                await self._load(worker, newest)
+
+    async def _load(self, worker: Worker, version: Version) -> bool:
+        """Bring a version into a worker; False when it died of that."""
+        if worker.version == version:
+            return True
+        try:
+            await worker.actor.update_weights.remote(version, await self.store.get.remote(version))
+        except RayError as error:
+            if not _is_death(error):
                 raise
-            except RayError as error:
+            self._lost(worker, error)
+            return False
+        worker.version = version
+        self.room.set()
+        return True
+
+    # --- validation --------------------------------------------------------------------------
+    async def _validate(self, version: Version) -> None:
+        """Greedy text for the fixed validation samples under one pinned version, ranked by the head."""
+        try:
+            texts = await self._greedy(version)
+            result = None if texts is None else await self._ranked(texts)
+            if result is None or version.attempt != self.ledger.version.attempt:
+                return  # undone meanwhile
+            record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
+            append_line(self.run.validation, record)
+            self.board.write(version.number, {"validation": result})
+            if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
+                await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
+                self.best = record
+                write_json(self.run.folder / "best.json", record)
+        finally:
+            await self.store.unpin.remote(version)
+
+    async def _greedy(self, version: Version) -> list[str] | None:
+        """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
+        _, prompts, spec = self.recipe.validation
+        while version.attempt == self.ledger.version.attempt:
+            if not self.rollouts.alive:
+                await asyncio.sleep(1.0)
+                continue
+            worker = self.rollouts.alive[0]
+            async with worker.weights:
+                worker.validating = True
+                try:
+                    if version.attempt == self.ledger.version.attempt and await self._load(worker, version):
+                        rows = await worker.actor.generate_many.remote(prompts, spec)
+                        return [row[0]["text"] for row in rows]
+                except RayError as error:
+                    if _is_death(error):
+                        self._lost(worker, error)
+                    elif not isinstance(error, GenerationAborted):
+                        raise
+                finally:
+                    worker.validating = False
+                    self._spawn(self._sync(worker))  # newer versions may have waited behind this one
+                    self.room.set()
+        return None
+
+    async def _ranked(self, texts: list[str]) -> dict[str, float]:
+        samples, _, _ = self.recipe.validation
+        while True:
+            worker = await self._idle_reward()
+            try:
+                return await asyncio.wait_for(worker.actor.validate.remote(samples, texts), self.config.reward.timeout)
+            except (RayError, TimeoutError) as error:
+                if not isinstance(error, TimeoutError) and not _is_death(error):
+                    raise
                 self._lost(worker, error)
             finally:
-                worker.validating = False
-                self.room.set()
-                if validate:
-                    await self.store.unpin.remote(version)
+                self.idle_rewards.put_nowait(worker)
 
-    async def _validate(self, worker: Worker, version: Version) -> None:
-        """Greedy decoding for the fixed validation users under one pinned version."""
-        samples, prompts, spec = self.recipe.validation()
-        texts = await worker.actor.generate_many.remote(prompts, spec)
-        judge = next(judge for judge in self.rewards if judge.state == "ALIVE")
-        result = await judge.actor.validate.remote(samples, [row[0]["text"] for row in texts])
-        record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
-        append_line(self.run.validation, record)
-        self.board.write(version.number, {"validation": result})
-        if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
-            await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
-            self.best = record
-            write_json(self.run.folder / "best.json", record)
+    async def _idle_reward(self) -> Worker:
+        while (worker := await self.idle_rewards.get()).state != "ALIVE":
+            pass
+        return worker
 
     # --- what learners call ------------------------------------------------------------------
     async def attach(self, rank: int, pid: int, node: str, committed: int) -> int:
-        """A learner rank has started from the checkpoint of step `committed`; returns the attempt."""
-        self.learners = [one for one in self.learners if one["name"] != f"learner-{rank}"]
-        self.learners.append({"role": "learner", "name": f"learner-{rank}", "node": node, "pid": pid, "state": "ALIVE"})
+        """A learner rank has started from the checkpoint of step `committed`; returns the attempt.
+
+        A rank 0 that has been here before was restarted: whatever followed that checkpoint is undone.
+        """
+        await self.start()  # Ray has restarted this actor, or the launcher's call is under way
         self._check()
-        if rank == 0 and committed != self.step:
+        name = f"learner-{rank}"
+        former = next((one for one in self.learners if one["name"] == name), None)
+        if former is not None and former["state"] == "ALIVE":
+            self._died("learner", name, former["pid"], former["node"], "its process ended")
+        self.learners = [one for one in self.learners if one["name"] != name]
+        self.learners.append({"role": "learner", "name": name, "node": node, "pid": pid, "state": "ALIVE"})
+        if rank == 0 and (former is not None or committed != self.step):
             self._rollback(committed)
         return self.ledger.version.attempt
+
+    async def learner_failed(self, rank: int, pid: int, node: str, error: BaseException) -> None:
+        """The last words of a rank; Ray Train starts the group anew unless nothing can come of it."""
+        name = f"learner-{rank}"
+        self._died("learner", name, pid, node, last_words(error))
+        self.learners = [{**one, "state": "DEAD"} if one["name"] == name else one for one in self.learners]
+        if isinstance(error, ConfigError):
+            self._fail(error)
 
     async def attached(self) -> None:
         """Rank 0 has published the weights that it started from."""
         self.weights_due.set()
 
     async def next_batch(self, step: int) -> Batch | None:
-        """The groups of `step` for every rank alike; None when the training is over."""
+        """The groups of `step` for every rank alike; None when the training is over or is to stop."""
         self._check()
         return await asyncio.shield(self._batch(step))
 
     async def finished_step(self, step: int, version: Version, metrics: dict[str, Any]) -> None:
         """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl."""
+        if version.attempt != self.ledger.version.attempt:
+            return  # the last word of a learner that has been replaced
         self._write_step(step, metrics)
         self.batches.pop(step - 1, None)
         self.step = step + 1
@@ -287,13 +376,22 @@ class Controller:
         for event in (self.stepped_on, self.weights_due, self.room, self.scored):
             event.set()
 
-    async def commit(self, step: int) -> None:
+    async def commit(self, step: int, attempt: int) -> None:
         """All ranks have written `step_N.tmp`: add what the controller knows and make it the newest."""
+        if attempt != self.ledger.version.attempt:
+            return
         folder = self.run.checkpoints / f"step_{step}"
         partial = folder.with_name(folder.name + ".tmp")
-        write_json(partial / "controller.json", {"step": step, "ledger": self.ledger.snapshot(step), "best": self.best})
+        snapshot = self.ledger.snapshot(step)
+        held = [self.ledger.group(number) for number in snapshot["payload_ids"]]
+        payloads = await asyncio.gather(*(group.payload for group in held if group is not None))
+        write_json(partial / "controller.json", {"step": step, "ledger": snapshot})
+        await asyncio.to_thread(write_groups, partial / "groups.parquet", payloads)
+        if folder.exists():
+            shutil.rmtree(folder)
         os.replace(partial, folder)
         self.ledger.committed(step)
+        self.restarts = 0
         for old in committed_steps(self.run)[:-2]:
             shutil.rmtree(self.run.checkpoints / f"step_{old}")
 
@@ -304,10 +402,17 @@ class Controller:
     async def weight_store(self) -> Any:
         return self.store
 
+    async def interrupt(self) -> None:
+        """Take no further step: the learners get None, write a checkpoint and leave."""
+        self.interrupted = True
+        self.scored.set()
+
     async def stop(self) -> None:
         """Wait for validations under way, write the last status, end the workers."""
+        if self.failure is None and not self.interrupted:
+            due = [task for task in self.tasks if task.get_name() == "_validate"]
+            await asyncio.gather(*due, return_exceptions=True)
         if self.failure is None:
-            await asyncio.gather(*[task for task in self.tasks if task.get_name() == "_sync"], return_exceptions=True)
             self.state = "FINISHED" if self.step >= self.config.steps else "STOPPED"
         if self.main is not None:
             self.main.cancel()
@@ -316,10 +421,10 @@ class Controller:
         for task in list(self.tasks):
             task.cancel()
         self.ledger.cancel()
-        self.cpu_seconds = await self._cpu_seconds()
-        for worker in (*self.rollouts, *self.rewards):
-            worker.state = "STOPPED"
-            ray.kill(worker.actor)
+        await asyncio.gather(self.rollouts.measure(), self.rewards.measure())
+        self.rollouts.stop()
+        self.rewards.stop()
+        self.learners = [{**one, "state": "STOPPED"} for one in self.learners]
         self._write_status()
 
     # --- inside ------------------------------------------------------------------------------
@@ -334,45 +439,62 @@ class Controller:
         if checkpoint is None:
             self._cut_steps(0)
             return Ledger(**settings)
+        self.best = read_json(self.run.folder / "best.json", {})
+        self.earlier_cpu = read_json(self.run.folder / "status.json", {}).get("cpu_seconds") or 0.0
         state = read_json(checkpoint / "controller.json")
-        self.best = state["best"]
-        ledger = Ledger.restore(state["ledger"], {}, **settings)
+        payloads = {
+            group.column("group")[0].as_py(): ray.put(group) for group in read_groups(checkpoint / "groups.parquet")
+        }
+        ledger = Ledger.restore(state["ledger"], payloads, **settings)
         ledger.rollback(Version(ledger.version.attempt + 1, state["step"]), state["step"])
         self._cut_steps(state["step"])
         return ledger
 
-    async def _add_rollout(self, index: int) -> None:
-        name = f"rollout-{index}"
+    def _remember(self) -> None:
+        """Ray has restarted this actor after its process died: what was told must not be told again."""
+        earlier = read_json(self.run.folder / "status.json", {})
+        self.deaths.extend(earlier.get("deaths", []))
+        me = next((actor for actor in earlier.get("actors", []) if actor["role"] == "controller"), None)
+        if me is not None:
+            self._died("controller", "controller", me["pid"], me["node"], "its process ended")
+
+    def _start_rollout(self, name: str, place: int) -> Any:
         options = rollout_options(self.config.engine, self.cluster.cuda)
-        actor = RolloutWorker.options(name=name, **options).remote(
+        return RolloutWorker.options(name=self._ray_name(name), **options).remote(
             name=name,
             model=str(self.recipe.model),
             engine=self.config.engine,
             context=self.recipe.context,
-            seed=self.config.seed + index,
-            cpu_core=None if self.cluster.cuda else core(index),
+            seed=self.config.seed + place,
+            cpu_core=None if self.cluster.cuda else core(place),
         )
-        slots = max(1, self.config.engine.max_num_seqs // self.config.group_size)
-        worker = Worker(name, actor, slots)
-        self.rollouts.append(worker)
-        await self._ready(worker)
-        self.room.set()
 
-    async def _add_reward(self, index: int) -> None:
-        name = f"reward-{index}"
-        actor = RewardWorker.options(name=name, **reward_options(self.cluster)).remote(self.run, self.config)
-        worker = Worker(name, actor, slots=1)
-        self.rewards.append(worker)
-        await self._ready(worker)
-        self.idle_rewards.put_nowait(worker)
+    def _start_reward(self, name: str, place: int) -> Any:
+        options = reward_options(self.cluster)
+        return RewardWorker.options(name=self._ray_name(name), **options).remote(self.run, self.config)
 
-    async def _ready(self, worker: Worker) -> None:
-        try:
-            status = await worker.actor.status.remote()
-        except RayActorError as error:
-            raise EngineError(f"{worker.name} did not start: {last_words(error)}") from None
-        worker.pid, worker.node, worker.state = status["pid"], status["node"], "ALIVE"
-        worker.started_at = status["cpu_seconds"]
+    def _ray_name(self, name: str) -> str:
+        """Those of a controller that died may still hold their names in Ray."""
+        return f"{name}-of-{os.getpid()}"
+
+    async def _add(self, workers: Workers, place: int) -> None:
+        worker = await workers.add(place)
+        if workers is self.rewards:
+            self.idle_rewards.put_nowait(worker)
+        else:
+            await self._sync(worker)
+            self.room.set()
+
+    async def _replace(self, workers: Workers, place: int) -> None:
+        """A new worker in the place of a dead one; when it cannot start and no other lives, the run ends."""
+        for pause in REPLACEMENT_PAUSES:
+            await asyncio.sleep(pause)
+            try:
+                return await self._add(workers, place)
+            except EngineError as error:
+                last = error
+        if not workers.alive:
+            raise last
 
     async def _abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""
@@ -380,6 +502,21 @@ class Controller:
             await worker.actor.abort_all.remote()
         except RayError as error:
             self._lost(worker, error)
+
+    async def _next_groups(self) -> list[Group] | None:
+        """As soon as enough are READY; None when no step is to follow."""
+        while self._more_steps():
+            if groups := self.ledger.take_step():
+                return groups
+            self.room.set()  # what was dropped as stale leaves room
+            await _signal(self.scored)
+        return None
+
+    def _more_steps(self) -> bool:
+        return self.step < self.config.steps and not self.interrupted
+
+    def _moment(self) -> tuple[int, int, bool]:
+        return self.ledger.version.attempt, self.step, self._more_steps()
 
     def _wanted(self) -> bool:
         """Whether the steps that are left need another group."""
@@ -390,35 +527,60 @@ class Controller:
         """Not to a worker whose tokens would be too old, or of an undone attempt, when they come back."""
         ours, newest = worker.version, self.ledger.version
         fresh = ours.attempt == newest.attempt and ours.number >= newest.number - self.config.max_staleness
-        return worker.state == "ALIVE" and fresh and not worker.validating and worker.running < worker.slots
+        return fresh and not worker.validating and worker.running < worker.slots
+
+    def _failed(self, group: Group, error: BaseException) -> Group | None:
+        """One try went wrong. A group that used up its tries is dropped; many in a row end the run."""
+        cause = getattr(error, "cause", error)
+        if isinstance(cause, ConfigError):
+            raise cause
+        after = self.ledger.failed(group, last_words(error))
+        if after is not None and after.state == "DROPPED":
+            self.suspects.discard(group.id)
+            self.in_a_row["poisoned"] += 1
+            if self.in_a_row["poisoned"] >= POISONED_IN_A_ROW:
+                raise RuntimeError(
+                    f"{POISONED_IN_A_ROW} groups in a row failed, {self.ledger.max_tries} times each; "
+                    f"the last with {last_words(error)}"
+                )
+        return after
 
     def _lost(self, worker: Worker, error: BaseException) -> None:
-        """A worker died: its groups go back to PENDING, and the run goes on with the others."""
+        """A worker died: its groups go back to PENDING, another takes its place, and the run goes on."""
         if worker.state == "DEAD":
             return
-        worker.state = "DEAD"
-        ray.kill(worker.actor)  # one that hangs may not come back with late results
-        print(f"{worker.name} on node {worker.node} died: {last_words(error)}", flush=True)
+        workers = self.rollouts if worker.name.startswith(self.rollouts.role) else self.rewards
+        workers.bury(worker)
+        self._died(workers.role, worker.name, worker.pid, worker.node, last_words(error))
         self.ledger.worker_lost(worker.name)
-        if not any(w.state != "DEAD" for w in (self.rollouts if worker in self.rollouts else self.rewards)):
-            raise RuntimeError(f"the last {worker.name.split('-')[0]} worker died: {last_words(error)}")
+        self._spawn(self._replace(workers, worker.place))
         self.room.set()
 
+    def _died(self, role: str, name: str, pid: int, node: str, message: str) -> None:
+        """Note a death for whoever watches."""
+        death = {"time": time.time(), "role": role, "name": name, "pid": pid, "node": node}
+        self.deaths.append({**death, "message": message, "log": log_of(pid)})
+
     def _rollback(self, committed: int) -> None:
-        """The learner came back from an older checkpoint: later steps are undone."""
+        """The learner came back from an older checkpoint: later steps are undone.
+
+        Raises RuntimeError when it has come back too often without getting any further.
+        """
+        self.restarts += 1
+        if self.restarts > MAX_RESTARTS:
+            self._fail(RuntimeError(f"the learner died {self.restarts} times after step {committed}, its checkpoint"))
+            self._check()
         attempt = self.ledger.version.attempt + 1
         self.ledger.rollback(Version(attempt, committed), committed)
         self.step = committed
         for future in self.batches.values():
             future.cancel()
         self.batches.clear()
-        for worker in self.rollouts:
-            if worker.state == "ALIVE":
-                self._spawn(self._abort(worker))
-        self.stepped_on.set()
+        for worker in self.rollouts.alive:
+            self._spawn(self._abort(worker))
         self._cut_steps(committed)
-        self.scored.set()
-        self.room.set()
+        for event in (self.stepped_on, self.scored, self.room):
+            event.set()
 
     def _cut_steps(self, step: int) -> None:
         """Forget what was logged of steps that are undone: each step stands in the file once."""
@@ -432,6 +594,11 @@ class Controller:
             self.batches[step] = asyncio.get_running_loop().create_future()
         return self.batches[step]
 
+    def _give(self, batch: Batch | None) -> None:
+        future = self._batch(self.step)
+        if not future.done():
+            future.set_result(batch)
+
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Run `work` beside the loop; an exception in it ends the loop."""
         task = asyncio.get_running_loop().create_task(work, name=work.__name__)
@@ -441,13 +608,15 @@ class Controller:
     def _reap(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._fail(f"{task.get_name()}: {last_words(error)}")
+            self._fail(error)
             if self.main is not None:
                 self.main.cancel()
 
-    def _fail(self, reason: str) -> None:
-        """Whoever waits for the loop must hear of its end."""
-        self.failure = self.failure or reason
+    def _fail(self, error: BaseException) -> None:
+        """Whoever waits for the loop must hear of its end; the traceback goes into the controller's log."""
+        traceback.print_exception(error)
+        own = isinstance(error, RuntimeError | ConfigError | RayError)
+        self.failure = self.failure or f"{'' if own else type(error).__name__ + ': '}{last_words(error)}"
         self.state = "FAILED"
         for future in self.batches.values():
             if not future.done():
@@ -459,17 +628,6 @@ class Controller:
             raise RuntimeError(f"the controller failed: {self.failure}")
 
     # --- what a person sees ------------------------------------------------------------------
-    async def _cpu_seconds(self) -> float:
-        """What rollout, reward and learner processes have computed for, their starts apart."""
-        alive = [worker for worker in (*self.rollouts, *self.rewards) if worker.state == "ALIVE"]
-        answers = await asyncio.gather(*(worker.actor.status.remote() for worker in alive), return_exceptions=True)
-        spent = [
-            answer["cpu_seconds"] - worker.started_at
-            for worker, answer in zip(alive, answers, strict=True)
-            if isinstance(answer, dict)
-        ]
-        return sum(spent) + self.last_step.get("cpu_seconds", 0.0) * self.config.learners
-
     def _write_step(self, step: int, metrics: dict[str, Any]) -> None:
         metas = list(self.metas)[-self.config.groups_per_step :]
         now = time.monotonic()
@@ -480,7 +638,7 @@ class Controller:
             **metrics,
             "format": sum(meta.format for meta in metas) / max(1, len(metas)),
             "tokens_per_second": round(self.window["tokens"] / elapsed, 1),
-            "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, len(self.rewards)), 4),
+            "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, len(self.rewards.alive)), 4),
             "dropped": self.ledger.counts()["DROPPED"],
             "gaming": gaming,
         }
@@ -490,13 +648,10 @@ class Controller:
         self.board.write(step, self.last_step)
 
     def _status(self) -> dict[str, Any]:
-        actors = [
-            {"role": role, "name": worker.name, "node": worker.node, "pid": worker.pid, "state": worker.state}
-            for role, workers in (("rollout", self.rollouts), ("reward", self.rewards))
-            for worker in workers
-        ]
         node = ray.get_runtime_context().get_node_id()
-        me = {"role": "controller", "name": "controller", "node": node, "pid": os.getpid(), "state": "ALIVE"}
+        state = "ALIVE" if self.state in ("STARTING", "RUNNING") else "STOPPED"
+        me = {"role": "controller", "name": "controller", "node": node, "pid": os.getpid(), "state": state}
+        learner_cpu = self.last_step.get("cpu_seconds", 0.0) * self.config.learners
         return {
             "state": self.state,
             "step": self.step,
@@ -504,10 +659,11 @@ class Controller:
             "version": self.ledger.version.number,
             "attempt": self.ledger.version.attempt,
             "groups": self.ledger.counts(),
-            "actors": [me, *actors, *self.learners],
+            "actors": [me, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
             "last_step": self.last_step,
             "best": self.best,
-            "cpu_seconds": self.cpu_seconds,
+            "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learner_cpu,
+            "deaths": list(self.deaths),
             "failure": self.failure,
             "time": time.time(),
         }
@@ -525,6 +681,13 @@ def committed_steps(run: Run) -> list[int]:
 def newest_checkpoint(run: Run) -> Path | None:
     steps = committed_steps(run)
     return run.checkpoints / f"step_{steps[-1]}" if steps else None
+
+
+def _is_death(error: BaseException) -> bool:
+    """Whether the worker is gone, or its engine in it: a task error is else the fault of what it was given."""
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, EngineError) and not isinstance(error.cause, GenerationAborted)
+    return True
 
 
 async def _signal(event: asyncio.Event) -> None:

@@ -7,9 +7,11 @@ function that starts anew loads the newest committed one.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import ray
+from ray.exceptions import RayActorError
 
 from actors.cluster import Cluster
 from rporec.config import Config, ConfigError
@@ -24,7 +27,7 @@ from rporec.data import DataError
 from rporec.files import append_line
 from rporec.run import Run
 
-MAX_RESTARTS = 3
+CONTROLLER_PATIENCE = 120  # seconds
 
 
 def fit(
@@ -38,10 +41,12 @@ def fit(
     watch: Callable[[], None],
     env: dict[str, str],
     restarts: int = 0,
+    interrupted: Callable[[], None] | None = None,
 ) -> None:
     """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile.
 
-    Raises what the loop raised, after `restarts` restarts of the whole group.
+    Raises what the loop raised, after `restarts` restarts of the whole group (-1: any number). Ctrl-C calls `interrupted`,
+    waits for the loop to come to its end, and goes on as KeyboardInterrupt; a second one does not wait.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -72,9 +77,19 @@ def fit(
 
     thread = threading.Thread(target=work, name=f"fit-{name}", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(0.5)
-        watch()
+
+    def wait() -> None:
+        while thread.is_alive():
+            thread.join(0.5)
+            watch()
+
+    try:
+        wait()
+    except KeyboardInterrupt:
+        if interrupted is not None:
+            interrupted()
+            wait()
+        raise
     if failure:
         raise _cause(failure[0])
 
@@ -152,12 +167,36 @@ def rl_loop(spec: dict[str, Any]) -> None:
     config: Config = spec["config"]
     import torch.distributed as dist
 
+    controller = _controller()
+    rank, node = dist.get_rank(), ray.get_runtime_context().get_node_id()
+    try:
+        _rl_loop(run, config, controller)
+    except RayActorError:
+        raise  # the controller's end is not this rank's
+    except Exception as error:
+        ray.get(controller.learner_failed.remote(rank, os.getpid(), node, error))
+        raise
+
+
+def _controller() -> Any:
+    """The controller, as soon as it answers: it may be restarting just now."""
+    for _ in range(CONTROLLER_PATIENCE):
+        with contextlib.suppress(RayActorError, ValueError):
+            controller = ray.get_actor("controller")
+            ray.get(controller.weight_store.remote())
+            return controller
+        time.sleep(1.0)
+    raise RuntimeError(f"no controller within {CONTROLLER_PATIENCE} s")
+
+
+def _rl_loop(run: Run, config: Config, controller: Any) -> None:
+    import torch.distributed as dist
+
     from actors.controller import newest_checkpoint
     from rporec.engine.types import Version
     from rporec.engine.weights import flatten
     from rporec.rl.learner import Learner
 
-    controller = ray.get_actor("controller")
     store = ray.get(controller.weight_store.remote())
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(run.warm_model, config, world=world)
@@ -168,6 +207,18 @@ def rl_loop(spec: dict[str, Any]) -> None:
         step = int(checkpoint.name.removeprefix("step_"))
     node = ray.get_runtime_context().get_node_id()
     attempt = ray.get(controller.attach.remote(rank, os.getpid(), node, step))
+
+    def checkpoint_at(number: int) -> None:
+        """Every rank writes its part; the controller adds its own and commits."""
+        partial = run.checkpoints / f"step_{number}.tmp"
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
+            partial.mkdir(parents=True)
+        dist.barrier()
+        learner.save_checkpoint(partial)
+        dist.barrier()
+        if rank == 0:
+            ray.get(controller.commit.remote(number, attempt))
 
     def publish(number: int) -> Version:
         """Copy the weights out and let the store have them; the next step need not wait for the workers."""
@@ -182,33 +233,35 @@ def rl_loop(spec: dict[str, Any]) -> None:
     if rank == 0:
         ray.get(controller.attached.remote())
     started_at = time.process_time()
+    committed = step
+    clock = learner.start_step()
     while True:
-        clock = learner.start_step()
         batch = ray.get(controller.next_batch.remote(step))
         if batch is None:
-            return
+            break
         groups = ray.get(list(batch.payloads[rank::world]))  # every rank gets old groups and new ones
         clock.lap("wait")
         metrics = learner.step(groups, batch.version, clock)
+        clock.lap("other")
         version = publish(step + 1)
         clock.lap("publish")
-        if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
-            partial = run.checkpoints / f"step_{step + 1}.tmp"
-            partial.mkdir(parents=True, exist_ok=True)
-            learner.save_checkpoint(partial)
-            dist.barrier()
+        record = {"attempt": attempt, "step": step, "version": batch.version.number, **metrics}
+        record["seconds"] = clock.seconds()
+        record["cpu_seconds"] = round(time.process_time() - started_at, 3)
+        clock = learner.start_step()  # what follows is the next step's time
         if rank == 0:
-            record = {"attempt": attempt, "step": step, "version": batch.version.number, **metrics}
-            record["seconds"] = clock.seconds()
-            record["cpu_seconds"] = round(time.process_time() - started_at, 3)
             ray.get(controller.finished_step.remote(step, version, record))
-            if (run.checkpoints / f"step_{step + 1}.tmp").exists():
-                ray.get(controller.commit.remote(step + 1))
         step += 1
+        if step % config.checkpoint_every == 0 or step == config.steps:
+            checkpoint_at(step)
+            committed = step
+        clock.lap("other")
+    if committed < step:  # told to stop between two checkpoints
+        checkpoint_at(step)
 
 
 def head_loop(spec: dict[str, Any]) -> None:
-    """Train the RecHead with the LLM's text and the one with history alone, data-parallel."""
+    """Train RecHeads on what the LLM wrote in `stage`, with its text or on history alone, data-parallel."""
     import torch.distributed as dist
 
     from rporec.recipes import load_recipe
@@ -217,13 +270,14 @@ def head_loop(spec: dict[str, Any]) -> None:
     run: Run = spec["run"]
     recipe: Any = load_recipe(run, spec["config"])
     rank, world = dist.get_rank(), dist.get_world_size()
-    data = head_data(recipe, run)
+    data = head_data(recipe, run, spec["stage"])
 
     def progress(record: dict[str, Any]) -> None:
         if rank == 0:
             append_line(spec["log"], record)
 
-    for name, inputs in (("head", data), ("head_history", data.blank())):
+    for name, reads in spec["heads"].items():
+        inputs = data if reads == "text" else data.blank()
         train_stage_head(name, recipe, inputs, run, rank=rank, world=world, progress=progress)
 
 

@@ -25,6 +25,7 @@ def reward_options(cluster: Cluster) -> dict[str, Any]:
 class RewardWorker:
     def __init__(self, run: Run, config: Config) -> None:
         self.judge = load_recipe(run, config).judge()
+        self.judge.load()
 
     def score(self, *batches: pa.RecordBatch) -> tuple[Any, ...]:
         """The scored batches, one return value each, and last what the controller is told of them."""

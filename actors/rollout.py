@@ -47,7 +47,7 @@ def rollout_options(config: EngineConfig, cuda: bool = False) -> dict[str, Any]:
 
 
 class StaleWeights(ValueError):
-    """Weights that are older than what the worker has; they belong to an undone attempt."""
+    """Weights of an undone attempt."""
 
 
 @ray.remote
@@ -119,16 +119,16 @@ class RolloutWorker:
         ]
 
     async def update_weights(self, version: Version, flat: FlatWeights) -> float:
-        """Take newer weights, or the same version again, between two decode steps; returns seconds.
+        """Take other weights between two decode steps; returns seconds. To validate, a worker may go back a version.
 
-        Raises StaleWeights for an older version; WeightsError, with nothing changed, for weights
+        Raises StaleWeights for a version of an earlier attempt; WeightsError, with nothing changed, for weights
         that are damaged or of another model.
         """
         began = time.perf_counter()
         async with self._updating:  # so that two updates cannot both pass the check and then swap
-            if version < self._engine.version:
+            if version.attempt < self._engine.version.attempt:
                 raise StaleWeights(
-                    f"rollout worker {self._name} has weights {self._engine.version}; {version} is older"
+                    f"rollout worker {self._name} has weights {self._engine.version}; {version} was undone"
                 )
             await asyncio.wrap_future(self._engine.update_weights(version, unflatten(flat)))
         return time.perf_counter() - began

@@ -3,7 +3,7 @@
     data      raw files (or the embedded world) -> a data set
     warmup    the backbone, the teacher's rationales, supervised warm-up
     stage1    what the LLM writes for head slice, validation and test; the RecHead
-    stage2    asynchronous reinforcement learning (`actors.controller`)
+    stage2    asynchronous reinforcement learning (`actors.reinforce`)
     evaluate  what the improved LLM writes for test; the table and the report
 
 A stage that has finished is skipped by `--resume`; one that was cut off goes on where it was.
@@ -12,56 +12,28 @@ A stage that has finished is skipped by `--resume`; one that was cut off goes on
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 from rich.console import Console
 
-from actors.cluster import Cluster
 from actors.generation import RolloutPool
-from actors.learner import MAX_RESTARTS, fit, head_loop, rl_loop, warmup_loop
-from rporec.config import Config, ConfigError
+from actors.job import Job
+from actors.learner import head_loop, warmup_loop
+from actors.reinforce import reinforce
+from rporec.config import Config
 from rporec.data import build, find_sources, is_built
 from rporec.files import read_json, read_lines, write_json
-from rporec.models.trainable import learner_environment
 from rporec.recipes.rporec import RPORec
-from rporec.report.live import LiveTable, progress
+from rporec.report.live import progress
 from rporec.run import Run
 from rporec.text.completion_store import Part
 
 ENDPOINT_SHARD = 64  # rationales that an interruption of an endpoint's teacher may lose at most, were it a crash
-
-
-@dataclass(frozen=True)
-class Job:
-    """What every stage is given."""
-
-    run: Run
-    config: Config
-    cluster: Cluster
-    console: Console
-
-    @property
-    def recipe(self) -> RPORec:
-        return RPORec(self.run, self.config)
-
-    def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
-        """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""
-        cores = os.cpu_count() or 1
-        sharing = ranks if alone else ranks + self.config.rollout_workers
-        return learner_environment(self.cluster.cuda, threads=max(1, cores // sharing))
-
-    def generators(self) -> int:
-        """Workers for bulk generation, when no learner wants the cores: one each, up to the machine's."""
-        if self.cluster.cuda or not self.cluster.local:
-            return self.config.rollout_workers
-        return max(self.config.rollout_workers, min(os.cpu_count() or 1, 4))
 
 
 def prepare_data(run: Run, config: Config, console: Console) -> None:
@@ -131,7 +103,7 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
                 last = records[-1]
                 bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
 
-        _fit(job, warmup_loop, spec, name, job.config.learners, watch)
+        job.fit(warmup_loop, spec, name, job.config.learners, watch)
         watch()
     last = read_lines(log)[-1]
     return {
@@ -238,7 +210,7 @@ def _teach_by_backbone(
             for sample, target in zip(chunk, dataset.targets(chunk), strict=True)
         ]
 
-    part = Part(run.completions("teacher", "warmup"), samples, recipe.sampled_spec(1, top_p=config.sampling.top_p))
+    part = Part(run.completions("teacher", "warmup"), samples, recipe.written_spec())
     with RolloutPool(run.backbone, config, job.cluster, recipe.context, job.generators()) as pool:
         pool.write(part, prompts, lambda done, total, tokens: update(done))
     written, texts = read_completions(part.folder)
@@ -256,31 +228,39 @@ def _teach_by_backbone(
 # --- stage 1 ---------------------------------------------------------------------------------
 def train_head_stage(job: Job) -> None:
     """Completions of the LLM before RL, then the RecHead on those of the head slice."""
-    run, config, recipe = job.run, job.config, job.recipe
+    run, recipe = job.run, job.recipe
     with run.stage("stage1") as notes:
-        slices = recipe.slices
-        parts = [
-            Part(run.completions("stage1", "head"), slices.head, recipe.sampled_spec(1, top_p=config.sampling.top_p)),
-            Part(run.completions("stage1", "valid"), recipe.evaluated("valid"), recipe.greedy_spec()),
-            *_test_parts(job, recipe, "stage1"),
-        ]
-        _write_completions(job, recipe, run.warm_model, parts)
-        log = run.folder / "head.jsonl"
-        log.unlink(missing_ok=True)
-        with progress("RecHead", console=job.console) as bar:
+        _write_completions(job, recipe, run.warm_model, _head_parts(job, recipe, "stage1"))
+        notes["samples"] = len(recipe.slices.head)
+        notes["validation"] = _train_heads(job, "stage1", {"head": "text", "head_history": "blank"})
 
-            def watch() -> None:
-                if records := read_lines(log):
-                    last = records[-1]
-                    value = last.get("valid_ndcg@10", last.get("ndcg@10"))
-                    bar.update(
-                        last["epoch"], total=last["epochs"], note=f"{last['head']}: validation NDCG@10 {value:.4f}"
-                    )
 
-            _fit(job, head_loop, {"run": run, "config": config, "log": log}, "head", config.head.workers, watch)
-            watch()
-        notes["samples"] = len(slices.head)
-        notes["validation"] = {r["head"]: r["valid_ndcg@10"] for r in read_lines(log) if "valid_ndcg@10" in r}
+def _head_parts(job: Job, recipe: RPORec, stage: str) -> list[Part]:
+    """What stage 1 needs an LLM to write: the head slice, validation and test."""
+    run = job.run
+    return [
+        Part(run.completions(stage, "head"), recipe.slices.head, recipe.written_spec()),
+        Part(run.completions(stage, "valid"), recipe.evaluated("valid"), recipe.greedy_spec()),
+        *_test_parts(job, recipe, stage),
+    ]
+
+
+def _train_heads(job: Job, stage: str, heads: dict[str, str]) -> dict[str, float]:
+    """Train `{folder: "text" | "blank"}` on the completions of `stage`; returns validation NDCG@10 of each."""
+    log = job.run.folder / ("head.jsonl" if stage == "stage1" else f"{stage}_head.jsonl")
+    log.unlink(missing_ok=True)
+    spec = {"run": job.run, "config": job.config, "log": log, "stage": stage, "heads": heads}
+    with progress("RecHead", console=job.console) as bar:
+
+        def watch() -> None:
+            if records := read_lines(log):
+                last = records[-1]
+                value = last.get("valid_ndcg@10", last.get("ndcg@10"))
+                bar.update(last["epoch"], total=last["epochs"], note=f"{last['head']}: validation NDCG@10 {value:.4f}")
+
+        job.fit(head_loop, spec, f"{stage}-head", job.config.head.workers, watch)
+        watch()
+    return {record["head"]: record["valid_ndcg@10"] for record in read_lines(log) if "valid_ndcg@10" in record}
 
 
 def _test_parts(job: Job, recipe: RPORec, stage: str) -> list[Part]:
@@ -304,49 +284,6 @@ def _write_completions(job: Job, recipe: RPORec, model: Path, parts: list[Part])
                 pool.write(part, recipe.prompts, report)
 
 
-# --- stage 2 ---------------------------------------------------------------------------------
-def reinforce(job: Job) -> None:
-    """The asynchronous loop: controller, rollout, reward and learner actors."""
-    from actors.controller import Controller
-
-    run, config = job.run, job.config
-    with run.stage("stage2") as notes:
-        if config.steps == 0:
-            notes["skipped"] = "steps: 0"
-            return
-        controller = Controller.options(name="controller").remote(run, config, job.cluster)
-        write_json(
-            run.folder / "run.json",
-            {
-                "address": job.cluster.address,
-                "namespace": job.cluster.namespace,
-                "controller": "controller",
-                "pid": os.getpid(),
-            },
-        )
-        started = controller.start.remote()
-        try:
-            with LiveTable(config.steps, config.max_staleness, job.console) as table:
-
-                def watch() -> None:
-                    status = read_json(run.folder / "status.json", {})
-                    validation = read_lines(run.validation)
-                    table.update(status, status.get("last_step") or None, validation[-1] if validation else None)
-                    ready, _ = ray.wait([started], timeout=0)
-                    if ready:
-                        ray.get(started)
-
-                spec = {"run": run, "config": config}
-                _fit(job, rl_loop, spec, "stage2", config.learners, watch, restarts=MAX_RESTARTS)
-                ray.get(controller.stop.remote())
-                watch()
-        finally:
-            ray.kill(controller)
-            (run.folder / "run.json").unlink(missing_ok=True)
-        status = read_json(run.folder / "status.json")
-        notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
-
-
 # --- evaluate --------------------------------------------------------------------------------
 def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     """Completions of the best checkpoint for test, then the table of all methods and the report."""
@@ -355,10 +292,13 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     from rporec.report.html import write_report
 
     run, config, recipe = job.run, job.config, job.recipe
-    with run.stage("evaluate"):
+    over = run.finished("stage2")
+    # Of a training under way this is a look, not the stage.
+    with run.stage("evaluate") if over else contextlib.nullcontext():
         if run.best_model.is_dir():
+            _forget_earlier_best(run)
             _write_completions(job, recipe, run.best_model, _test_parts(job, recipe, "stage2"))
-        if config.more_warmup:
+        if config.more_warmup and over:
             _more_warmup(job, recipe)
         with progress("ranking", console=job.console) as bar:
             summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
@@ -368,7 +308,7 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
 
 
 def _more_warmup(job: Job, recipe: RPORec) -> None:
-    """The control that RL must beat: its CPU seconds spent on a longer warm-up from the same backbone."""
+    """The control that RL must beat: its CPU seconds spent on a longer warm-up, and stage 1 after that."""
     run = job.run
     if not (run.folder / "more_warmup" / "model").is_dir():
         stages = read_json(run.folder / "stages.json")
@@ -376,30 +316,20 @@ def _more_warmup(job: Job, recipe: RPORec) -> None:
         per_step = warmup["cpu_seconds"] / warmup["steps"]
         steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
         _supervise(job, "more_warmup", steps)
-    parts = _test_parts(job, recipe, "more_warmup")
-    _write_completions(job, recipe, run.folder / "more_warmup" / "model", parts)
+    model, parts = run.folder / "more_warmup" / "model", _head_parts(job, recipe, "more_warmup")
+    _write_completions(job, recipe, model, parts)
+    if not run.head("more_warmup/head").is_dir():
+        _train_heads(job, "more_warmup", {"more_warmup/head": "text"})
 
 
-def _fit(
-    job: Job,
-    loop: Callable[[dict[str, Any]], None],
-    spec: dict[str, Any],
-    name: str,
-    workers: int,
-    watch: Callable[[], None],
-    restarts: int = 0,
-) -> None:
-    fit(
-        loop,
-        spec,
-        name=name,
-        run=job.run,
-        cluster=job.cluster,
-        workers=workers,
-        watch=watch,
-        env=job.learner_env(workers, alone=loop is not rl_loop),
-        restarts=restarts,
-    )
+def _forget_earlier_best(run: Run) -> None:
+    """Completions of a checkpoint that validation has since replaced are not those of the best one."""
+    folder, best = run.folder / "completions" / "stage2", read_json(run.folder / "best.json")
+    model = {key: best[key] for key in ("attempt", "version")}
+    if read_json(folder / "model.json") != model:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        write_json(folder / "model.json", model)
 
 
 STAGES: dict[str, Callable[[Job], Any]] = {
@@ -408,10 +338,3 @@ STAGES: dict[str, Callable[[Job], Any]] = {
     "stage2": reinforce,
     "evaluate": evaluate_run,
 }
-
-
-def check_stages(names: list[str]) -> None:
-    known = ["data", *STAGES]
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"--stages: {name!r} is none of {', '.join(known)}")

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
 def _mendable(error: Exception) -> str | None:
     """The message of what the user can mend: config, data, a path, an address, an engine's memory; None for others."""
     inner = getattr(error, "cause", None) or error  # what an actor raised arrives wrapped
-    if type(inner).__name__ in ("ConfigError", "DataError", "EngineError"):
+    if type(inner).__name__ in ("ConfigError", "DataError", "EngineError", "RunError"):
         return str(inner)
     here = isinstance(error, OSError) and type(error).__module__ == "builtins"
     if here and (getattr(error, "filename", None) is not None or isinstance(error, ConnectionError)):
@@ -149,7 +149,11 @@ def _train(options: argparse.Namespace) -> None:
     _check_stages(stages, run)
     _check_inputs(config, options.address)
     run = Run.create(run.folder, config, resume=options.resume)
-    importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
+    try:
+        importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
+    except Exception:
+        run.discard_if_empty()  # faulty data, say: nothing is there to resume
+        raise
 
 
 def _check_stages(stages: list[str], run: Run) -> None:
@@ -270,7 +274,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(
-        "--ablations", action="store_true", help="also with CoT and answer blanked and shuffled between users"
+        "--ablations",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also with CoT and answer blanked and shuffled between users",
     )
     evaluate.add_argument("--address", help="Ray cluster to join")
 

@@ -11,6 +11,7 @@ steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, repor
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,10 @@ from rporec.config import Config, ConfigError, parse_config
 from rporec.files import read_json, write_json
 
 STAGES = ("data", "warmup", "stage1", "stage2", "evaluate")
+
+
+class RunError(RuntimeError):
+    """A training that cannot go on; the message is one line that says what happened and where its log is."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,11 @@ class Run:
                 f"{folder}: --resume with another {key} than the run began with; start a new run for that"
             )
         return run
+
+    def discard_if_empty(self) -> None:
+        """Remove a run of which not even the data set came about, so that the next try may have its folder."""
+        if not self.finished("data") and not self.data.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     @classmethod
     def open(cls, folder: Path) -> Run:

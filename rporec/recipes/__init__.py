@@ -6,6 +6,7 @@ objects are cheap to make in every actor; what is heavy (heads, tokenizers) is l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,9 @@ from rporec.run import Run
 
 class Judge(Protocol):
     """Scores what was written, a whole batch of groups at a time."""
+
+    def load(self) -> None:
+        """Load what is otherwise loaded where first used, so that no deadline includes it."""
 
     def score(self, batches: list[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], list[GroupMeta]]: ...
 
@@ -35,11 +39,12 @@ class Recipe(Protocol):
     def draw(self, number: int) -> tuple[int, int]:
         """(sample, seed) of the group that is admitted as the `number`-th; the same in every attempt."""
 
-    def rl_prompts(self) -> dict[int, np.ndarray]:
-        """Token ids of every RL sample's prompt."""
+    def prompts(self, samples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """Token ids of each sample's prompt."""
 
     def rollout_spec(self, seed: int) -> SamplingSpec: ...
 
+    @property
     def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
         """Fixed samples, their prompts and how they are decoded while training."""
 

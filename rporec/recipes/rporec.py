@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -39,11 +39,14 @@ class RPORec:
         return samples if limit is None else samples[max(0, len(samples) - limit) :]
 
     def draw(self, number: int) -> tuple[int, int]:
-        rl = self.slices.rl
-        epoch, position = divmod(number, len(rl))
-        order = np.random.default_rng([self.config.seed, _ORDER, epoch]).permutation(len(rl))
+        epoch, position = divmod(number, len(self.slices.rl))
         seed = np.random.default_rng([self.config.seed, _GROUP, number]).integers(2**31)
-        return int(rl[order[position]]), int(seed)
+        return int(self._epoch(epoch)[position]), int(seed)
+
+    @lru_cache(maxsize=2)  # noqa: B019 - a recipe lives as long as its process
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """The RL slice in the order of one pass."""
+        return np.random.default_rng([self.config.seed, _ORDER, epoch]).permutation(self.slices.rl)
 
     # --- how a prompt is written and completions are sampled ---------------------------------
     @cached_property
@@ -67,10 +70,6 @@ class RPORec:
     def prompts(self, samples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         return [np.asarray(ids, np.int32) for ids in self.writer.prompts(samples)]
 
-    def rl_prompts(self) -> dict[int, np.ndarray]:
-        samples = self.slices.rl.tolist()
-        return dict(zip(samples, self.prompts(samples), strict=True))
-
     def rollout_spec(self, seed: int) -> SamplingSpec:
         """The full distribution at the RL temperature: truncation would not be the policy's own."""
         rl = self.config.rl
@@ -85,16 +84,24 @@ class RPORec:
     def greedy_spec(self) -> SamplingSpec:
         return SamplingSpec(temperature=0.0, top_p=1.0, max_tokens=self.config.sampling.max_tokens, n=1, seed=0)
 
-    def sampled_spec(self, n: int, *, top_p: float = 1.0) -> SamplingSpec:
+    def written_spec(self) -> SamplingSpec:
+        """One completion a sample as the config says: for the head slice, and of a backbone that teaches."""
         sampling = self.config.sampling
         return SamplingSpec(
             temperature=sampling.temperature,
-            top_p=top_p,
+            top_p=sampling.top_p,
             max_tokens=sampling.max_tokens,
-            n=n,
+            n=1,
             seed=self.config.seed + 1,
         )
 
+    def sampled_spec(self, n: int) -> SamplingSpec:
+        """The policy's own distribution: n completions for the `_sampled` rows."""
+        return SamplingSpec(
+            temperature=1.0, top_p=1.0, max_tokens=self.config.sampling.max_tokens, n=n, seed=self.config.seed + 1
+        )
+
+    @cached_property
     def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
         samples = self.evaluated("valid")
         size = min(len(samples), self.config.rl.validate_samples)

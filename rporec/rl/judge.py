@@ -90,6 +90,10 @@ class HeadJudge:
         self.items = ItemWriter(dataset, config.text)
         self.custom = rewards.load_custom(config.reward.custom) if config.reward.custom else None
 
+    def load(self) -> None:
+        """The summariser and the embedder, where the reward has terms that need them."""
+        _ = self._summarizer, self._embed
+
     def score(self, batches: list[pa.RecordBatch]) -> tuple[list[pa.RecordBatch], list[GroupMeta]]:
         """Fill the reward columns of unscored groups; all of them in one pass of the head."""
         batch = pa.concat_batches(batches)

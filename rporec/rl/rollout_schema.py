@@ -10,12 +10,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rporec.engine.types import Generated, Version
+from rporec.files import replacing
 from rporec.rl.rewards import Scored, flat_groups
 from rporec.text.completion import TAGS, Completion, cot_token_span, parse
 
@@ -205,6 +208,20 @@ def split_groups(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(groups)]])
     # Copies: a slice would be pickled with all of its parent's buffers.
     return [batch.take(pa.array(np.arange(start, end))) for start, end in itertools.pairwise(bounds) if end > start]
+
+
+def write_groups(path: Path, groups: Sequence[pa.RecordBatch]) -> None:
+    """All groups in one Parquet file, whole or not at all."""
+    with replacing(path) as temporary:
+        pq.write_table(pa.Table.from_batches(groups, schema=ROLLOUT_SCHEMA), temporary, compression="zstd")
+
+
+def read_groups(path: Path) -> list[pa.RecordBatch]:
+    """The groups of `write_groups`, in their order; none where there is no such file."""
+    if not path.exists():
+        return []
+    batches = pq.read_table(path, schema=ROLLOUT_SCHEMA).combine_chunks().to_batches()
+    return [group for batch in batches for group in split_groups(batch)]
 
 
 def group_meta(batch: pa.RecordBatch, gaming: Mapping[str, float] | None = None) -> GroupMeta:

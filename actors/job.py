@@ -1,0 +1,61 @@
+"""What every stage is given: the run, its config, the cluster, and how to start a learner group on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from actors.cluster import Cluster, cores
+from actors.learner import fit
+from rporec.config import Config
+from rporec.models.trainable import learner_environment
+from rporec.recipes.rporec import RPORec
+from rporec.run import Run
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every stage is given."""
+
+    run: Run
+    config: Config
+    cluster: Cluster
+    console: Console
+
+    @property
+    def recipe(self) -> RPORec:
+        return RPORec(self.run, self.config)
+
+    def placements(self) -> dict[str, int]:
+        """How many places of each role the run takes at once."""
+        config = self.config
+        return {"rollout": config.rollout_workers, "reward": config.reward_workers, "learner": config.learners}
+
+    def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
+        """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""
+        sharing = ranks if alone else ranks + self.config.rollout_workers
+        return learner_environment(self.cluster.cuda, threads=max(1, cores() // sharing))
+
+    def generators(self) -> int:
+        """Workers for bulk generation, when no learner wants the cores: one each, up to the machine's."""
+        if self.cluster.cuda or not self.cluster.local:
+            return self.config.rollout_workers
+        return max(self.config.rollout_workers, min(cores(), 4))
+
+    def fit(
+        self,
+        loop: Callable[[dict[str, Any]], None],
+        spec: dict[str, Any],
+        name: str,
+        workers: int,
+        watch: Callable[[], None],
+        *,
+        alone: bool = True,
+        **more: Any,
+    ) -> None:
+        """`actors.learner.fit` on this run's cluster; `alone` as in `learner_env`."""
+        env = self.learner_env(workers, alone=alone)
+        fit(loop, spec, name=name, run=self.run, cluster=self.cluster, workers=workers, watch=watch, env=env, **more)

@@ -1,0 +1,104 @@
+"""Stage 2 from the launcher's side: the controller and the learner group are started, watched and ended."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+
+from actors.cluster import log_of
+from actors.controller import Controller
+from actors.job import Job
+from actors.learner import rl_loop
+from rporec.files import read_json, read_lines, write_json
+from rporec.report.live import LiveTable
+from rporec.run import RunError
+
+DEATH = "{role} {name} (pid {pid}) on node {node} died: {message}; its log there: {log}"
+
+# Times that Ray starts a controller anew whose process ended; each goes on from the newest checkpoint.
+CONTROLLER_RESTARTS = 10
+
+
+def reinforce(job: Job) -> None:
+    """The asynchronous loop: controller, rollout, reward and learner actors.
+
+    Ctrl-C ends it after the step under way, with a checkpoint. Raises RunError when it cannot go on.
+    """
+    run, config = job.run, job.config
+    with run.stage("stage2") as notes:
+        if config.steps == 0:
+            notes["skipped"] = "steps: 0"
+            return
+        controller = Controller.options(name="controller", max_restarts=CONTROLLER_RESTARTS).remote(
+            run, config, job.cluster
+        )
+        write_json(
+            run.folder / "run.json",
+            {
+                "address": job.cluster.address,
+                "namespace": job.cluster.namespace,
+                "controller": "controller",
+                "pid": os.getpid(),
+            },
+        )
+        try:
+            _train(job, controller)
+        finally:
+            ray.kill(controller)
+            (run.folder / "run.json").unlink(missing_ok=True)
+        status = read_json(run.folder / "status.json")
+        notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
+
+
+def _train(job: Job, controller: Any) -> None:
+    config = job.config
+    with LiveTable(config.steps, config.max_staleness, job.console) as table:
+        watch = Watch(job, controller.start.remote(), table)
+
+        def interrupted() -> None:
+            job.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
+            ray.get(controller.interrupt.remote())
+
+        spec = {"run": job.run, "config": config}
+        try:
+            job.fit(
+                rl_loop,
+                spec,
+                "stage2",
+                config.learners,
+                watch,
+                alone=False,
+                restarts=-1,  # the controller says when it is enough
+                interrupted=interrupted,
+            )
+        except KeyboardInterrupt:
+            ray.get(controller.stop.remote())
+            raise
+        ray.get(controller.stop.remote())
+        watch()
+
+
+class Watch:
+    """Called again and again: shows where the loop is, tells of deaths, raises when it has failed."""
+
+    def __init__(self, job: Job, started: Any, table: LiveTable) -> None:
+        self.job, self.started, self.table = job, started, table
+        self.told = 0.0  # when the last death was that has been told of
+
+    def __call__(self) -> None:
+        ready, _ = ray.wait([self.started], timeout=0)
+        if ready:
+            ray.get(self.started)  # raises what kept a worker from starting
+        run = self.job.run
+        status = read_json(run.folder / "status.json", {})
+        validation = read_lines(run.validation)
+        self.table.update(status, status.get("last_step") or None, validation[-1] if validation else None)
+        for death in status.get("deaths", []):
+            if death["time"] > self.told:
+                self.job.console.print(DEATH.format(**death), soft_wrap=True, markup=False, highlight=False)
+                self.told = death["time"]
+        if status.get("state") == "FAILED":
+            pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")
+            raise RunError(f"stage 2 failed: {status['failure']}; the controller's log: {log_of(pid)}")

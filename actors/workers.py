@@ -1,0 +1,104 @@
+"""The workers of one role as the controller sees them: started, described, mourned.
+
+What they do is the controller's to decide; this knows which there are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError
+
+from actors.cluster import last_words
+from rporec.engine.types import FIRST_VERSION, EngineError, Version
+
+
+@dataclass
+class Worker:
+    """One rollout or reward worker."""
+
+    name: str
+    place: int  # among those of its role; a replacement takes the place of the dead
+    actor: Any
+    slots: int  # groups it may hold at once
+    running: int = 0
+    pid: int = 0
+    node: str = ""
+    state: str = "STARTING"
+    start_cpu: float = 0.0  # CPU seconds that its start took
+    cpu_seconds: float = 0.0  # since then, as of its last answer
+    version: Version = FIRST_VERSION  # of the weights that it has
+    validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
+    # Held while weights enter or a validation is being written: a validation has one version.
+    weights: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Workers:
+    """Those of one role. `start(name, place)` makes the actor of one."""
+
+    def __init__(self, role: str, slots: int, start: Callable[[str, int], Any]) -> None:
+        self.role, self.slots = role, slots
+        self._start = start
+        self._members: list[Worker] = []
+        self._started = 0
+        self._buried_cpu = 0.0  # of the dead
+
+    @property
+    def alive(self) -> list[Worker]:
+        return [worker for worker in self._members if worker.state == "ALIVE"]
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What all of them have computed for, the dead included and their starts apart."""
+        return self._buried_cpu + sum(worker.cpu_seconds for worker in self._members)
+
+    async def add(self, place: int) -> Worker:
+        """Start one and wait until it answers; EngineError, with its last words, if it never does."""
+        name = f"{self.role}-{self._started}"  # never used twice: a dying actor may still hold its name
+        self._started += 1
+        worker = Worker(name, place, self._start(name, place), self.slots)
+        self._members.append(worker)
+        try:
+            status = await worker.actor.status.remote()
+        except RayActorError as error:
+            self._members.remove(worker)
+            raise EngineError(f"{name} did not start: {last_words(error)}") from None
+        worker.pid, worker.node, worker.start_cpu = status["pid"], status["node"], status["cpu_seconds"]
+        worker.state = "ALIVE"
+        return worker
+
+    def bury(self, worker: Worker) -> None:
+        """Strike out one that died or hangs."""
+        worker.state = "DEAD"
+        ray.kill(worker.actor)  # one that hangs may not come back with late results
+        self._members.remove(worker)
+        self._buried_cpu += worker.cpu_seconds
+
+    async def measure(self) -> None:
+        """Ask all for their CPU seconds; one too busy to answer within a second keeps its last answer."""
+
+        async def ask(worker: Worker) -> None:
+            with contextlib.suppress(RayError):
+                worker.cpu_seconds = (await worker.actor.status.remote())["cpu_seconds"] - worker.start_cpu
+
+        if asked := [asyncio.ensure_future(ask(worker)) for worker in self.alive]:
+            _, late = await asyncio.wait(asked, timeout=1.0)
+            for one in late:
+                one.cancel()
+
+    def stop(self) -> None:
+        for worker in self._members:
+            worker.state = "STOPPED"
+            ray.kill(worker.actor)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """As `rporec status --json` lists them."""
+        return [
+            {"role": self.role, "name": one.name, "node": one.node, "pid": one.pid, "state": one.state}
+            for one in self._members
+        ]
