@@ -111,7 +111,8 @@ def log_of(pid: int) -> str:
 
 def last_words(error: BaseException) -> str:
     """The line of a Ray error that says what happened, without the traceback that it carries."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = str(error).partition("Some common causes")[0]  # Ray's guesses, the same at every death
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if "EngineError: " in line]
     return (telling or lines or [type(error).__name__])[-1].rpartition("EngineError: ")[2][:600]
 

@@ -95,6 +95,7 @@ class Controller:
         self.deaths: deque[dict[str, Any]] = deque(maxlen=100)
         self.restarts = 0  # of the learner since its last commit
         self.starting = asyncio.Lock()
+        self.validating = asyncio.Lock()  # one version after the other: each is compared with the best so far
         self.interrupted = False
         self.failure: str | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -272,20 +273,21 @@ class Controller:
     # --- validation --------------------------------------------------------------------------
     async def _validate(self, version: Version) -> None:
         """Greedy text for the fixed validation samples under one pinned version, ranked by the head."""
-        try:
-            texts = await self._greedy(version)
-            result = None if texts is None else await self._ranked(texts)
-            if result is None or version.attempt != self.ledger.version.attempt:
-                return  # undone meanwhile
-            record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
-            append_line(self.run.validation, record)
-            self.board.write(version.number, {"validation": result})
-            if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
-                await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
-                self.best = record
-                write_json(self.run.folder / "best.json", record)
-        finally:
-            await self.store.unpin.remote(version)
+        async with self.validating:
+            try:
+                texts = await self._greedy(version)
+                result = None if texts is None else await self._ranked(texts)
+                if result is None or version.attempt != self.ledger.version.attempt:
+                    return  # undone meanwhile
+                record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
+                append_line(self.run.validation, record)
+                self.board.write(version.number, {"validation": result})
+                if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
+                    await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
+                    self.best = record
+                    write_json(self.run.folder / "best.json", record)
+            finally:
+                await self.store.unpin.remote(version)
 
     async def _greedy(self, version: Version) -> list[str] | None:
         """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
@@ -659,6 +661,7 @@ class Controller:
             "version": self.ledger.version.number,
             "attempt": self.ledger.version.attempt,
             "groups": self.ledger.counts(),
+            "admitted": self.ledger.admitted,
             "actors": [me, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
             "last_step": self.last_step,
             "best": self.best,

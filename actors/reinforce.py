@@ -15,7 +15,7 @@ from rporec.files import read_json, read_lines, write_json
 from rporec.report.live import LiveTable
 from rporec.run import RunError
 
-DEATH = "{role} {name} (pid {pid}) on node {node} died: {message}; its log there: {log}"
+DEATH = "{role} {name} (pid {pid}) on node {node:.12} died: {message}; its log there: {log}"
 
 # Times that Ray starts a controller anew whose process ended; each goes on from the newest checkpoint.
 CONTROLLER_RESTARTS = 10
