@@ -43,9 +43,11 @@ from rporec.run import Run
 REWARD_BATCH = 32
 # One bad prompt is dropped; so many in a row, with none that came through, are another fault.
 POISONED_IN_A_ROW = 16
+# Workers of one role that die in a row, with no result between: what they are given kills them.
+LOST_IN_A_ROW = 8
 # Steps' worth of flat groups in a row after which dynamic sampling would draw for ever.
 FLAT_STEPS = 20
-# Returns of a learner to one checkpoint after which it is given up.
+# Of the learner group from one checkpoint, after which it is given up.
 MAX_RESTARTS = 3
 # Seconds before each try to replace a dead worker.
 REPLACEMENT_PAUSES = (0.0, 2.0, 10.0)
@@ -67,12 +69,13 @@ class Controller:
         self.recipe = load_recipe(run, config)
         self.best: dict[str, Any] = {}
         self.earlier_cpu = 0.0  # CPU seconds of stage 2 before this process
+        self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
         self.ledger = self._open_ledger()
         self.board = Scalars(run.folder / "tensorboard")
         self.store: Any = WeightStore.options(num_cpus=0).remote()
         slots = max(1, config.engine.max_num_seqs // config.group_size)
-        self.rollouts = Workers("rollout", slots, self._start_rollout)
-        self.rewards = Workers("reward", 1, self._start_reward)
+        self.rollouts = Workers("rollout", config.rollout_workers, slots, self._start_rollout)
+        self.rewards = Workers("reward", config.reward_workers, 1, self._start_reward)
         self.step = self.ledger.step  # the learner's next one
         self.state = "STARTING"
         self.learners: list[dict[str, Any]] = []
@@ -87,13 +90,13 @@ class Controller:
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
         self.metas: deque[GroupMeta] = deque(maxlen=4 * config.groups_per_step)
         self.window = Counter[str]()  # what happened since the last learner step
-        self.in_a_row = Counter[str]()  # "poisoned", "flat": groups since one that was not
+        self.in_a_row = Counter[str]()  # "poisoned", "flat" groups and lost workers by role, since one that was not
         self.reward_seconds = 0.0
         self.stepped = time.monotonic()
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
         self.deaths: deque[dict[str, Any]] = deque(maxlen=100)
-        self.restarts = 0  # of the learner since its last commit
+        self.starts = 0  # of the learner group, since its last commit and with the one that made it
         self.starting = asyncio.Lock()
         self.validating = asyncio.Lock()  # one version after the other: each is compared with the best so far
         self.interrupted = False
@@ -106,11 +109,12 @@ class Controller:
     async def start(self) -> None:
         """Bring up the workers and begin, unless that was done; returns when every one of them is ready."""
         async with self.starting:
+            self._check()
             if self.main is not None:
                 return
-            count = {self.rollouts: self.config.rollout_workers, self.rewards: self.config.reward_workers}
+            roles = (self.rollouts, self.rewards)
             try:
-                await asyncio.gather(*(self._add(workers, place) for workers, n in count.items() for place in range(n)))
+                await asyncio.gather(*(self._add(role, place) for role in roles for place in range(role.wanted)))
             except Exception as error:
                 self._fail(error)
                 raise
@@ -144,7 +148,10 @@ class Controller:
             groups = [await self.written.get()]
             worker = await self._idle_reward()
             while groups[0].id not in self.suspects and not self.written.empty() and len(groups) < REWARD_BATCH:
-                groups.append(self.written.get_nowait())
+                if (group := self.written.get_nowait()).id in self.suspects:
+                    self.written.put_nowait(group)
+                    break
+                groups.append(group)
             self._spawn(self._reward(worker, groups))
 
     async def train(self) -> None:
@@ -165,10 +172,11 @@ class Controller:
         newest: Version | None = None
         while True:
             await _signal(self.weights_due)
-            if newest == self.ledger.version or self.ledger.version not in await self.store.versions.remote():
+            version = self.ledger.version
+            if newest == version or version not in await self.store.versions.remote():
                 continue
-            newest = self.ledger.version
-            if newest.number % self.config.rl.validate_every == 0 or newest.number == self.config.steps:
+            newest = version
+            if self._validates(newest.number):
                 await self.store.pin.remote(newest)  # until it is validated, however many follow it
                 self._spawn(self._validate(newest))
             for worker in self.rollouts.alive:
@@ -193,6 +201,7 @@ class Controller:
             else:
                 self._failed(group, error)
         else:
+            self.in_a_row["rollout"] = 0
             if generated := self.ledger.generated(group, payload, described):
                 self.window["tokens"] += described.tokens
                 self.written.put_nowait(generated)
@@ -210,6 +219,7 @@ class Controller:
         except (RayError, TimeoutError) as error:
             self._unscored(worker, groups, error)
         else:
+            self.in_a_row["reward"] = 0
             for group, payload, meta in zip(groups, scored, metas, strict=True):
                 if judged := self.ledger.scored(group, payload, meta):
                     self._judged(judged, meta)
@@ -289,6 +299,11 @@ class Controller:
             finally:
                 await self.store.unpin.remote(version)
 
+    def _validates(self, number: int) -> bool:
+        """Every so many versions, but for one that two others wait before: each holds its weights until then."""
+        waiting = sum(task.get_name() == "_validate" for task in self.tasks)
+        return number == self.config.steps or (number % self.config.rl.validate_every == 0 and waiting < 2)
+
     async def _greedy(self, version: Version) -> list[str] | None:
         """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
         _, prompts, spec = self.recipe.validation
@@ -333,6 +348,14 @@ class Controller:
         return worker
 
     # --- what learners call ------------------------------------------------------------------
+    async def learner_starts(self) -> None:
+        """Rank 0 is about to load the newest checkpoint; RuntimeError when that has led nowhere too often."""
+        self._check()
+        self.starts += 1
+        if self.starts > 1 + MAX_RESTARTS:
+            self._fail(RuntimeError(f"the learner died {MAX_RESTARTS + 1} times without reaching another checkpoint"))
+            self._check()
+
     async def attach(self, rank: int, pid: int, node: str, committed: int) -> int:
         """A learner rank has started from the checkpoint of step `committed`; returns the attempt.
 
@@ -352,9 +375,8 @@ class Controller:
 
     async def learner_failed(self, rank: int, pid: int, node: str, error: BaseException) -> None:
         """The last words of a rank; Ray Train starts the group anew unless nothing can come of it."""
-        name = f"learner-{rank}"
-        self._died("learner", name, pid, node, last_words(error))
-        self.learners = [{**one, "state": "DEAD"} if one["name"] == name else one for one in self.learners]
+        self._died("learner", f"learner-{rank}", pid, node, last_words(error))
+        self.learners = [{**one, "state": "DEAD"} if one["pid"] == pid else one for one in self.learners]
         if isinstance(error, ConfigError):
             self._fail(error)
 
@@ -362,15 +384,14 @@ class Controller:
         """Rank 0 has published the weights that it started from."""
         self.weights_due.set()
 
-    async def next_batch(self, step: int) -> Batch | None:
+    async def next_batch(self, step: int, attempt: int) -> Batch | None:
         """The groups of `step` for every rank alike; None when the training is over or is to stop."""
-        self._check()
+        self._check(attempt)
         return await asyncio.shield(self._batch(step))
 
     async def finished_step(self, step: int, version: Version, metrics: dict[str, Any]) -> None:
         """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl."""
-        if version.attempt != self.ledger.version.attempt:
-            return  # the last word of a learner that has been replaced
+        self._check(version.attempt)
         self._write_step(step, metrics)
         self.batches.pop(step - 1, None)
         self.step = step + 1
@@ -380,8 +401,7 @@ class Controller:
 
     async def commit(self, step: int, attempt: int) -> None:
         """All ranks have written `step_N.tmp`: add what the controller knows and make it the newest."""
-        if attempt != self.ledger.version.attempt:
-            return
+        self._check(attempt)
         folder = self.run.checkpoints / f"step_{step}"
         partial = folder.with_name(folder.name + ".tmp")
         snapshot = self.ledger.snapshot(step)
@@ -389,11 +409,14 @@ class Controller:
         payloads = await asyncio.gather(*(group.payload for group in held if group is not None))
         write_json(partial / "controller.json", {"step": step, "ledger": snapshot})
         await asyncio.to_thread(write_groups, partial / "groups.parquet", payloads)
+        self._check(attempt)  # not undone meanwhile
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)
+        for left in self.run.checkpoints.glob("step_*.tmp"):  # of a run that was killed while it wrote
+            shutil.rmtree(left)
         self.ledger.committed(step)
-        self.restarts = 0
+        self.starts = 1
         for old in committed_steps(self.run)[:-2]:
             shutil.rmtree(self.run.checkpoints / f"step_{old}")
 
@@ -438,17 +461,19 @@ class Controller:
             "max_tries": self.config.rl.max_tries,
         }
         checkpoint = newest_checkpoint(self.run)
+        earlier = read_json(self.run.folder / "status.json", {})
+        attempt = earlier.get("attempt", -1) + 1  # never one that was used, for late messages go by it
         if checkpoint is None:
             self._cut_steps(0)
-            return Ledger(**settings)
+            return Ledger(version=Version(attempt, 0), **settings)
         self.best = read_json(self.run.folder / "best.json", {})
-        self.earlier_cpu = read_json(self.run.folder / "status.json", {}).get("cpu_seconds") or 0.0
+        self.earlier_cpu = earlier.get("cpu_seconds", 0.0)
         state = read_json(checkpoint / "controller.json")
         payloads = {
             group.column("group")[0].as_py(): ray.put(group) for group in read_groups(checkpoint / "groups.parquet")
         }
         ledger = Ledger.restore(state["ledger"], payloads, **settings)
-        ledger.rollback(Version(ledger.version.attempt + 1, state["step"]), state["step"])
+        ledger.rollback(Version(max(attempt, ledger.version.attempt + 1), state["step"]), state["step"])
         self._cut_steps(state["step"])
         return ledger
 
@@ -495,7 +520,8 @@ class Controller:
                 return await self._add(workers, place)
             except EngineError as error:
                 last = error
-        if not workers.alive:
+                self._died(workers.role, f"{workers.role} in place {place}", 0, "", last_words(error))
+        if not workers.left:
             raise last
 
     async def _abort(self, worker: Worker) -> None:
@@ -549,12 +575,17 @@ class Controller:
 
     def _lost(self, worker: Worker, error: BaseException) -> None:
         """A worker died: its groups go back to PENDING, another takes its place, and the run goes on."""
-        if worker.state == "DEAD":
+        if worker.state != "ALIVE":
             return
         workers = self.rollouts if worker.name.startswith(self.rollouts.role) else self.rewards
         workers.bury(worker)
         self._died(workers.role, worker.name, worker.pid, worker.node, last_words(error))
         self.ledger.worker_lost(worker.name)
+        self.in_a_row[workers.role] += 1
+        if self.in_a_row[workers.role] >= LOST_IN_A_ROW * workers.wanted:
+            raise RuntimeError(
+                f"{self.in_a_row[workers.role]} {workers.role} workers in a row died: {last_words(error)}"
+            )
         self._spawn(self._replace(workers, worker.place))
         self.room.set()
 
@@ -564,14 +595,7 @@ class Controller:
         self.deaths.append({**death, "message": message, "log": log_of(pid)})
 
     def _rollback(self, committed: int) -> None:
-        """The learner came back from an older checkpoint: later steps are undone.
-
-        Raises RuntimeError when it has come back too often without getting any further.
-        """
-        self.restarts += 1
-        if self.restarts > MAX_RESTARTS:
-            self._fail(RuntimeError(f"the learner died {self.restarts} times after step {committed}, its checkpoint"))
-            self._check()
+        """The learner came back from an older checkpoint: later steps are undone."""
         attempt = self.ledger.version.attempt + 1
         self.ledger.rollback(Version(attempt, committed), committed)
         self.step = committed
@@ -623,11 +647,16 @@ class Controller:
         for future in self.batches.values():
             if not future.done():
                 future.set_exception(RuntimeError(f"the controller failed: {self.failure}"))
+        for task in self.tasks:
+            task.cancel()
         self._write_status()
 
-    def _check(self) -> None:
+    def _check(self, attempt: int | None = None) -> None:
+        """Tell a learner that the loop has failed, or that it was replaced: its attempt is over."""
         if self.failure is not None:
             raise RuntimeError(f"the controller failed: {self.failure}")
+        if attempt not in (None, self.ledger.version.attempt):
+            raise RuntimeError(f"attempt {attempt} is over; it is {self.ledger.version.attempt} now")
 
     # --- what a person sees ------------------------------------------------------------------
     def _write_step(self, step: int, metrics: dict[str, Any]) -> None:
@@ -644,6 +673,7 @@ class Controller:
             "dropped": self.ledger.counts()["DROPPED"],
             "gaming": gaming,
         }
+        self.learner_cpu[metrics["attempt"]] = metrics["cpu_seconds"]
         self.window.clear()
         self.reward_seconds = 0.0
         append_line(self.run.steps, self.last_step)
@@ -653,7 +683,7 @@ class Controller:
         node = ray.get_runtime_context().get_node_id()
         state = "ALIVE" if self.state in ("STARTING", "RUNNING") else "STOPPED"
         me = {"role": "controller", "name": "controller", "node": node, "pid": os.getpid(), "state": state}
-        learner_cpu = self.last_step.get("cpu_seconds", 0.0) * self.config.learners
+        learners = sum(self.learner_cpu.values()) * self.config.learners
         return {
             "state": self.state,
             "step": self.step,
@@ -665,7 +695,7 @@ class Controller:
             "actors": [me, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
             "last_step": self.last_step,
             "best": self.best,
-            "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learner_cpu,
+            "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learners,
             "deaths": list(self.deaths),
             "failure": self.failure,
             "time": time.time(),

@@ -195,18 +195,23 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     from actors.controller import newest_checkpoint
     from rporec.engine.types import Version
     from rporec.engine.weights import flatten
+    from rporec.models.trainable import from_rank_0
     from rporec.rl.learner import Learner
 
     store = ray.get(controller.weight_store.remote())
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(run.warm_model, config, world=world)
-    checkpoint = newest_checkpoint(run)
+    if rank == 0:
+        ray.get(controller.learner_starts.remote())
+    checkpoint = from_rank_0(newest_checkpoint(run))  # a late commit may fall between two ranks' looks
     step = 0
     if checkpoint is not None:
         learner.load_checkpoint(checkpoint)
         step = int(checkpoint.name.removeprefix("step_"))
-    node = ray.get_runtime_context().get_node_id()
-    attempt = ray.get(controller.attach.remote(rank, os.getpid(), node, step))
+    me = rank, os.getpid(), ray.get_runtime_context().get_node_id()
+    attempt = from_rank_0(ray.get(controller.attach.remote(*me, step)) if rank == 0 else None)
+    if rank > 0:  # after rank 0 has rolled the ledger back
+        ray.get(controller.attach.remote(*me, step))
 
     def checkpoint_at(number: int) -> None:
         """Every rank writes its part; the controller adds its own and commits."""
@@ -228,7 +233,6 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
             ray.get(store.put.remote(version, flat))
         return version
 
-    dist.barrier()  # no rank asks for a batch before rank 0 has rolled the ledger back
     publish(step)
     if rank == 0:
         ray.get(controller.attached.remote())
@@ -236,7 +240,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     committed = step
     clock = learner.start_step()
     while True:
-        batch = ray.get(controller.next_batch.remote(step))
+        batch = ray.get(controller.next_batch.remote(step, attempt))
         if batch is None:
             break
         groups = ray.get(list(batch.payloads[rank::world]))  # every rank gets old groups and new ones

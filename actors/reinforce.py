@@ -6,8 +6,9 @@ import os
 from typing import Any
 
 import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
-from actors.cluster import log_of
+from actors.cluster import last_words, log_of
 from actors.controller import Controller
 from actors.job import Job
 from actors.learner import rl_loop
@@ -55,11 +56,14 @@ def reinforce(job: Job) -> None:
 def _train(job: Job, controller: Any) -> None:
     config = job.config
     with LiveTable(config.steps, config.max_staleness, job.console) as table:
-        watch = Watch(job, controller.start.remote(), table)
+        watch = Watch(job, controller, table)
 
         def interrupted() -> None:
             job.console.print("stopping after this step, with a checkpoint; Ctrl-C again stops at once")
-            ray.get(controller.interrupt.remote())
+            try:
+                ray.get(controller.interrupt.remote())
+            except RayActorError:
+                raise KeyboardInterrupt from None  # it is restarting: what it knows is in its checkpoint
 
         spec = {"run": job.run, "config": config}
         try:
@@ -83,14 +87,12 @@ def _train(job: Job, controller: Any) -> None:
 class Watch:
     """Called again and again: shows where the loop is, tells of deaths, raises when it has failed."""
 
-    def __init__(self, job: Job, started: Any, table: LiveTable) -> None:
-        self.job, self.started, self.table = job, started, table
+    def __init__(self, job: Job, controller: Any, table: LiveTable) -> None:
+        self.job, self.controller, self.table = job, controller, table
+        self.started = controller.start.remote()
         self.told = 0.0  # when the last death was that has been told of
 
     def __call__(self) -> None:
-        ready, _ = ray.wait([self.started], timeout=0)
-        if ready:
-            ray.get(self.started)  # raises what kept a worker from starting
         run = self.job.run
         status = read_json(run.folder / "status.json", {})
         validation = read_lines(run.validation)
@@ -102,3 +104,17 @@ class Watch:
         if status.get("state") == "FAILED":
             pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")
             raise RunError(f"stage 2 failed: {status['failure']}; the controller's log: {log_of(pid)}")
+        self._still_there()
+
+    def _still_there(self) -> None:
+        """Raises what kept a worker from starting, or RunError when the controller is gone for good."""
+        ready, _ = ray.wait([self.started], timeout=0)
+        if not ready:
+            return
+        try:
+            ray.get(self.started)
+        except ActorUnavailableError:
+            pass  # Ray is restarting it
+        except (ActorDiedError, RayTaskError) as error:
+            raise RunError(f"stage 2 failed: {last_words(error)}") from None
+        self.started = self.controller.start.remote()  # nothing to do, unless it was restarted meanwhile

@@ -39,10 +39,10 @@ class Worker:
 
 
 class Workers:
-    """Those of one role. `start(name, place)` makes the actor of one."""
+    """Those of one role, `wanted` in number. `start(name, place)` makes the actor of one."""
 
-    def __init__(self, role: str, slots: int, start: Callable[[str, int], Any]) -> None:
-        self.role, self.slots = role, slots
+    def __init__(self, role: str, wanted: int, slots: int, start: Callable[[str, int], Any]) -> None:
+        self.role, self.wanted, self.slots = role, wanted, slots
         self._start = start
         self._members: list[Worker] = []
         self._started = 0
@@ -51,6 +51,11 @@ class Workers:
     @property
     def alive(self) -> list[Worker]:
         return [worker for worker in self._members if worker.state == "ALIVE"]
+
+    @property
+    def left(self) -> list[Worker]:
+        """Those that live or may yet."""
+        return [worker for worker in self._members if worker.state in ("STARTING", "ALIVE")]
 
     @property
     def cpu_seconds(self) -> float:

@@ -137,6 +137,14 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return shared.to(values.device)
 
 
+def from_rank_0(value: Any) -> Any:
+    """What rank 0 passed, on every rank; the others' values do not matter."""
+    held = [value]
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
 def all_concatenate(values: torch.Tensor) -> torch.Tensor:
     """The 1-D tensors of all ranks, of any lengths, one behind the other in rank order."""
     world = dist.get_world_size()
