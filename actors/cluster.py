@@ -50,7 +50,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
             "address": "local",  # whatever RAY_ADDRESS says
             "num_cpus": max(4, cores()),  # logical: roles place themselves by the resources below
             "resources": {
-                "rollout": config.rollout_workers + _SPARE,
+                "rollout": config.rollout_workers.max + _SPARE,
                 "reward": config.reward_workers + _SPARE,
                 "learner": max(config.learners, config.head.workers),
                 "serve": 4,

@@ -11,32 +11,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import itertools
 import os
-import shutil
 import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayError, RayTaskError
 
-from actors.cluster import Cluster, core, last_words, log_of
-from actors.reward import RewardWorker, reward_options
-from actors.rollout import RolloutWorker, rollout_options
-from actors.weight_store import WeightStore
+from actors import checkpoints
+from actors.cluster import last_words
+from actors.journal import Journal
+from actors.placement import Placement
 from actors.workers import Worker, Workers
 from rporec.config import Config, ConfigError
 from rporec.engine.types import EngineError, GenerationAborted, Version
-from rporec.files import append_line, read_json, read_lines, replacing, write_json
-from rporec.recipes import load_recipe
-from rporec.report.tensorboard import Scalars
+from rporec.files import read_json
+from rporec.recipes import Recipe, load_recipe
+from rporec.rl.elastic import Autoscaler
 from rporec.rl.ledger import Group, Ledger
-from rporec.rl.rollout_schema import GroupMeta, Lease, read_groups, write_groups
+from rporec.rl.rollout_schema import GroupMeta, Lease
 from rporec.run import Run
 
 # Groups that one reward call may hold: enough to batch, few enough to return within a second.
@@ -49,7 +46,7 @@ LOST_IN_A_ROW = 8
 FLAT_STEPS = 20
 # Of the learner group from one checkpoint, after which it is given up.
 MAX_RESTARTS = 3
-# Seconds before each try to replace a dead worker.
+# Seconds before each try to replace a dead worker; the last one again and again.
 REPLACEMENT_PAUSES = (0.0, 2.0, 10.0)
 
 
@@ -62,24 +59,22 @@ class Batch:
     payloads: tuple[Any, ...]  # references to record batches
 
 
-@ray.remote(num_cpus=0, max_concurrency=1000)
 class Controller:
-    def __init__(self, run: Run, config: Config, cluster: Cluster) -> None:
-        self.run, self.config, self.cluster = run, config, cluster
-        self.recipe = load_recipe(run, config)
-        self.best: dict[str, Any] = {}
+    """Made a Ray actor by `actors.reinforce`; `placement` says where its workers come from."""
+
+    def __init__(self, run: Run, config: Config, placement: Placement, recipe: Recipe | None = None) -> None:
+        self.run, self.config, self.placement = run, config, placement
+        self.recipe = recipe or load_recipe(run, config)
+        self.journal = Journal(run, config.groups_per_step)
         self.earlier_cpu = 0.0  # CPU seconds of stage 2 before this process
-        self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
         self.ledger = self._open_ledger()
-        self.board = Scalars(run.folder / "tensorboard")
-        self.store: Any = WeightStore.options(num_cpus=0).remote()
+        self.store: Any = placement.store()
         slots = max(1, config.engine.max_num_seqs // config.group_size)
-        self.rollouts = Workers("rollout", config.rollout_workers, slots, self._start_rollout)
-        self.rewards = Workers("reward", config.reward_workers, 1, self._start_reward)
+        self.rollouts = Workers("rollout", config.rollout_workers.min, slots, self._start_rollout, placement.kill)
+        self.rewards = Workers("reward", config.reward_workers, 1, self._start_reward, placement.kill)
         self.step = self.ledger.step  # the learner's next one
         self.state = "STARTING"
         self.learners: list[dict[str, Any]] = []
-        self.last_step: dict[str, Any] = {}
         self.room = asyncio.Event()  # a lease may have become possible
         self.scored = asyncio.Event()  # a group may have become READY
         self.stepped_on = asyncio.Event()  # the learner has finished a step, or was rolled back
@@ -88,20 +83,18 @@ class Controller:
         self.suspects: set[int] = set()  # groups to be scored alone: a batch with them has failed
         self.idle_rewards: asyncio.Queue[Worker] = asyncio.Queue()
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
-        self.metas: deque[GroupMeta] = deque(maxlen=4 * config.groups_per_step)
-        self.window = Counter[str]()  # what happened since the last learner step
+        self.metas: deque[GroupMeta] = deque(maxlen=config.groups_per_step)  # of the newest learner step
         self.in_a_row = Counter[str]()  # "poisoned", "flat" groups and lost workers by role, since one that was not
-        self.reward_seconds = 0.0
-        self.stepped = time.monotonic()
+        self.idle: list[float] = []  # share of empty rollout slots at each heartbeat of this learner step
+        self.scaler = Autoscaler(config.rollout_workers.min, config.rollout_workers.max)
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
-        self.deaths: deque[dict[str, Any]] = deque(maxlen=100)
         self.starts = 0  # of the learner group, since its last commit and with the one that made it
         self.starting = asyncio.Lock()
         self.validating = asyncio.Lock()  # one version after the other: each is compared with the best so far
         self.interrupted = False
         self.failure: str | None = None
-        if ray.get_runtime_context().was_current_actor_reconstructed:
+        if placement.restarted():
             self._remember()
         self._write_status()
 
@@ -185,6 +178,7 @@ class Controller:
     async def heartbeat(self) -> None:
         while True:
             await asyncio.gather(self.rollouts.measure(), self.rewards.measure())
+            self.idle.append(self.rollouts.idle)
             self._write_status()
             await asyncio.sleep(1.0)
 
@@ -203,7 +197,7 @@ class Controller:
         else:
             self.in_a_row["rollout"] = 0
             if generated := self.ledger.generated(group, payload, described):
-                self.window["tokens"] += described.tokens
+                self.journal.seen["tokens"] += described.tokens
                 self.written.put_nowait(generated)
         finally:
             worker.running -= 1
@@ -211,6 +205,7 @@ class Controller:
 
     async def _reward(self, worker: Worker, groups: list[Group]) -> None:
         began = time.monotonic()
+        worker.running = len(groups)
         *scored, report = worker.actor.score.options(num_returns=len(groups) + 1).remote(
             *(group.payload for group in groups)
         )
@@ -224,7 +219,8 @@ class Controller:
                 if judged := self.ledger.scored(group, payload, meta):
                     self._judged(judged, meta)
         finally:
-            self.reward_seconds += time.monotonic() - began
+            worker.running = 0
+            self.journal.reward_seconds += time.monotonic() - began
             self.idle_rewards.put_nowait(worker)
             self.scored.set()
             self.room.set()
@@ -246,8 +242,7 @@ class Controller:
         self.suspects.discard(group.id)
         self.in_a_row["poisoned"] = 0
         self.in_a_row["flat"] = self.in_a_row["flat"] + 1 if meta.flat else 0
-        self.window["flat"] += meta.flat
-        self.window["scored"] += 1
+        self.journal.seen.update(scored=1, flat=int(meta.flat))
         if not (meta.flat and self.config.rl.dynamic_sampling):
             self.ledger.ready(group)
             return
@@ -290,12 +285,9 @@ class Controller:
                 if result is None or version.attempt != self.ledger.version.attempt:
                     return  # undone meanwhile
                 record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
-                append_line(self.run.validation, record)
-                self.board.write(version.number, {"validation": result})
-                if not self.best or record["ndcg@10"] > self.best["ndcg@10"]:
+                if self.journal.validated(record):
                     await self.store.save.remote(version, str(self.run.best_model), str(self.recipe.model))
-                    self.best = record
-                    write_json(self.run.folder / "best.json", record)
+                    self.journal.saved_best(record)
             finally:
                 await self.store.unpin.remote(version)
 
@@ -366,7 +358,7 @@ class Controller:
         name = f"learner-{rank}"
         former = next((one for one in self.learners if one["name"] == name), None)
         if former is not None and former["state"] == "ALIVE":
-            self._died("learner", name, former["pid"], former["node"], "its process ended")
+            self.journal.died("learner", name, former["pid"], former["node"], "its process ended")
         self.learners = [one for one in self.learners if one["name"] != name]
         self.learners.append({"role": "learner", "name": name, "node": node, "pid": pid, "state": "ALIVE"})
         if rank == 0 and (former is not None or committed != self.step):
@@ -375,7 +367,7 @@ class Controller:
 
     async def learner_failed(self, rank: int, pid: int, node: str, error: BaseException) -> None:
         """The last words of a rank; Ray Train starts the group anew unless nothing can come of it."""
-        self._died("learner", f"learner-{rank}", pid, node, last_words(error))
+        self.journal.died("learner", f"learner-{rank}", pid, node, last_words(error))
         self.learners = [{**one, "state": "DEAD"} if one["pid"] == pid else one for one in self.learners]
         if isinstance(error, ConfigError):
             self._fail(error)
@@ -392,7 +384,8 @@ class Controller:
     async def finished_step(self, step: int, version: Version, metrics: dict[str, Any]) -> None:
         """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl."""
         self._check(version.attempt)
-        self._write_step(step, metrics)
+        self.journal.step(metrics, list(self.metas), self.ledger.counts()["DROPPED"], len(self.rewards.alive))
+        self._autoscale(metrics["seconds"])
         self.batches.pop(step - 1, None)
         self.step = step + 1
         self.ledger.published(version)
@@ -400,25 +393,16 @@ class Controller:
             event.set()
 
     async def commit(self, step: int, attempt: int) -> None:
-        """All ranks have written `step_N.tmp`: add what the controller knows and make it the newest."""
+        """All ranks have written their part of the checkpoint: add the ledger and make it the newest."""
         self._check(attempt)
-        folder = self.run.checkpoints / f"step_{step}"
-        partial = folder.with_name(folder.name + ".tmp")
         snapshot = self.ledger.snapshot(step)
         held = [self.ledger.group(number) for number in snapshot["payload_ids"]]
         payloads = await asyncio.gather(*(group.payload for group in held if group is not None))
-        write_json(partial / "controller.json", {"step": step, "ledger": snapshot})
-        await asyncio.to_thread(write_groups, partial / "groups.parquet", payloads)
+        await asyncio.to_thread(checkpoints.add_ledger, self.run, step, snapshot, payloads)
         self._check(attempt)  # not undone meanwhile
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        for left in self.run.checkpoints.glob("step_*.tmp"):  # of a run that was killed while it wrote
-            shutil.rmtree(left)
+        checkpoints.commit(self.run, step)
         self.ledger.committed(step)
         self.starts = 1
-        for old in committed_steps(self.run)[:-2]:
-            shutil.rmtree(self.run.checkpoints / f"step_{old}")
 
     # --- what the launcher calls -------------------------------------------------------------
     async def status(self) -> dict[str, Any]:
@@ -426,6 +410,18 @@ class Controller:
 
     async def weight_store(self) -> Any:
         return self.store
+
+    async def scale(self, role: str, count: int) -> list[dict[str, Any]]:
+        """Have `count` workers of a role from now on; those that leave finish what they hold. Returns who there is."""
+        workers = {"rollout": self.rollouts, "reward": self.rewards}[role]
+        workers.wanted = count
+        taken = {worker.place for worker in workers.left}
+        for place in sorted(set(range(count)) - taken):
+            self._spawn(self._replace(workers, place))
+        for worker in workers.left:
+            if worker.place >= count:
+                self._spawn(self._retire(workers, worker))
+        return workers.describe()
 
     async def interrupt(self) -> None:
         """Take no further step: the learners get None, write a checkpoint and leave."""
@@ -460,49 +456,33 @@ class Controller:
             "groups_per_step": self.config.groups_per_step,
             "max_tries": self.config.rl.max_tries,
         }
-        checkpoint = newest_checkpoint(self.run)
-        earlier = read_json(self.run.folder / "status.json", {})
+        checkpoint, earlier = checkpoints.newest(self.run), self.journal.status()
         attempt = earlier.get("attempt", -1) + 1  # never one that was used, for late messages go by it
         if checkpoint is None:
-            self._cut_steps(0)
+            self.journal.cut(0)
             return Ledger(version=Version(attempt, 0), **settings)
-        self.best = read_json(self.run.folder / "best.json", {})
+        self.journal.best = read_json(self.run.folder / "best.json", {})
         self.earlier_cpu = earlier.get("cpu_seconds", 0.0)
-        state = read_json(checkpoint / "controller.json")
-        payloads = {
-            group.column("group")[0].as_py(): ray.put(group) for group in read_groups(checkpoint / "groups.parquet")
-        }
-        ledger = Ledger.restore(state["ledger"], payloads, **settings)
-        ledger.rollback(Version(max(attempt, ledger.version.attempt + 1), state["step"]), state["step"])
-        self._cut_steps(state["step"])
+        step, snapshot, rows = checkpoints.read_ledger(checkpoint)
+        payloads = {number: self.placement.put(group) for number, group in rows.items()}
+        ledger = Ledger.restore(snapshot, payloads, **settings)
+        ledger.rollback(Version(max(attempt, ledger.version.attempt + 1), step), step)
+        self.journal.cut(step)
         return ledger
 
     def _remember(self) -> None:
         """Ray has restarted this actor after its process died: what was told must not be told again."""
-        earlier = read_json(self.run.folder / "status.json", {})
-        self.deaths.extend(earlier.get("deaths", []))
+        earlier = self.journal.status()
+        self.journal.deaths.extend(earlier.get("deaths", []))
         me = next((actor for actor in earlier.get("actors", []) if actor["role"] == "controller"), None)
         if me is not None:
-            self._died("controller", "controller", me["pid"], me["node"], "its process ended")
+            self.journal.died("controller", "controller", me["pid"], me["node"], "its process ended")
 
     def _start_rollout(self, name: str, place: int) -> Any:
-        options = rollout_options(self.config.engine, self.cluster.cuda)
-        return RolloutWorker.options(name=self._ray_name(name), **options).remote(
-            name=name,
-            model=str(self.recipe.model),
-            engine=self.config.engine,
-            context=self.recipe.context,
-            seed=self.config.seed + place,
-            cpu_core=None if self.cluster.cuda else core(place),
-        )
+        return self.placement.rollout(self.run, self.config, self.recipe, name, place)
 
     def _start_reward(self, name: str, place: int) -> Any:
-        options = reward_options(self.cluster)
-        return RewardWorker.options(name=self._ray_name(name), **options).remote(self.run, self.config)
-
-    def _ray_name(self, name: str) -> str:
-        """Those of a controller that died may still hold their names in Ray."""
-        return f"{name}-of-{os.getpid()}"
+        return self.placement.reward(self.run, self.config, name)
 
     async def _add(self, workers: Workers, place: int) -> None:
         worker = await workers.add(place)
@@ -513,16 +493,36 @@ class Controller:
             self.room.set()
 
     async def _replace(self, workers: Workers, place: int) -> None:
-        """A new worker in the place of a dead one; when it cannot start and no other lives, the run ends."""
-        for pause in REPLACEMENT_PAUSES:
-            await asyncio.sleep(pause)
+        """A new worker in the place of a dead one, tried for ever while others live; else the run ends."""
+        for tries in itertools.count(1):
+            await asyncio.sleep(REPLACEMENT_PAUSES[min(tries, len(REPLACEMENT_PAUSES)) - 1])
+            if place >= workers.wanted:
+                return  # scaled down meanwhile
             try:
                 return await self._add(workers, place)
             except EngineError as error:
-                last = error
-                self._died(workers.role, f"{workers.role} in place {place}", 0, "", last_words(error))
-        if not workers.left:
-            raise last
+                if place < workers.wanted:
+                    self.journal.died(workers.role, f"{workers.role} in place {place}", 0, "", last_words(error))
+                if tries >= len(REPLACEMENT_PAUSES) and not workers.left:
+                    raise
+
+    async def _retire(self, workers: Workers, worker: Worker) -> None:
+        if worker.state == "STARTING":
+            workers.bury(worker)
+        else:
+            await workers.retire(worker)
+
+    def _autoscale(self, seconds: dict[str, float]) -> None:
+        """Rollout workers come and go with what waited in the learner step that took `seconds`."""
+        if self.config.rollout_workers.min == self.config.rollout_workers.max or not self.idle:
+            return
+        self.scaler.observe(seconds["wait"] / max(seconds["total"], 1e-9), sum(self.idle) / len(self.idle))
+        self.idle.clear()
+        if (wanted := self.scaler.wanted(self.rollouts.wanted)) != self.rollouts.wanted:
+            self._spawn(self._scaled(wanted))
+
+    async def _scaled(self, wanted: int) -> None:
+        await self.scale("rollout", wanted)
 
     async def _abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""
@@ -575,24 +575,20 @@ class Controller:
 
     def _lost(self, worker: Worker, error: BaseException) -> None:
         """A worker died: its groups go back to PENDING, another takes its place, and the run goes on."""
-        if worker.state != "ALIVE":
+        if worker.state not in ("ALIVE", "LEAVING"):
             return
         workers = self.rollouts if worker.name.startswith(self.rollouts.role) else self.rewards
         workers.bury(worker)
-        self._died(workers.role, worker.name, worker.pid, worker.node, last_words(error))
+        self.journal.died(workers.role, worker.name, worker.pid, worker.node, last_words(error))
         self.ledger.worker_lost(worker.name)
         self.in_a_row[workers.role] += 1
         if self.in_a_row[workers.role] >= LOST_IN_A_ROW * workers.wanted:
             raise RuntimeError(
                 f"{self.in_a_row[workers.role]} {workers.role} workers in a row died: {last_words(error)}"
             )
-        self._spawn(self._replace(workers, worker.place))
+        if worker.place < workers.wanted:
+            self._spawn(self._replace(workers, worker.place))
         self.room.set()
-
-    def _died(self, role: str, name: str, pid: int, node: str, message: str) -> None:
-        """Note a death for whoever watches."""
-        death = {"time": time.time(), "role": role, "name": name, "pid": pid, "node": node}
-        self.deaths.append({**death, "message": message, "log": log_of(pid)})
 
     def _rollback(self, committed: int) -> None:
         """The learner came back from an older checkpoint: later steps are undone."""
@@ -604,16 +600,9 @@ class Controller:
         self.batches.clear()
         for worker in self.rollouts.alive:
             self._spawn(self._abort(worker))
-        self._cut_steps(committed)
+        self.journal.cut(committed)
         for event in (self.stepped_on, self.scored, self.room):
             event.set()
-
-    def _cut_steps(self, step: int) -> None:
-        """Forget what was logged of steps that are undone: each step stands in the file once."""
-        for path in (self.run.steps, self.run.validation):
-            kept = [record for record in read_lines(path) if record["step"] < step]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
     def _batch(self, step: int) -> asyncio.Future[Batch | None]:
         if step not in self.batches:
@@ -659,31 +648,10 @@ class Controller:
             raise RuntimeError(f"attempt {attempt} is over; it is {self.ledger.version.attempt} now")
 
     # --- what a person sees ------------------------------------------------------------------
-    def _write_step(self, step: int, metrics: dict[str, Any]) -> None:
-        metas = list(self.metas)[-self.config.groups_per_step :]
-        now = time.monotonic()
-        elapsed, self.stepped = now - self.stepped, now
-        gaming = _mean_of([meta.gaming for meta in metas])
-        gaming["flat_groups"] = self.window["flat"] / max(1, self.window["scored"])
-        self.last_step = {
-            **metrics,
-            "format": sum(meta.format for meta in metas) / max(1, len(metas)),
-            "tokens_per_second": round(self.window["tokens"] / elapsed, 1),
-            "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, len(self.rewards.alive)), 4),
-            "dropped": self.ledger.counts()["DROPPED"],
-            "gaming": gaming,
-        }
-        self.learner_cpu[metrics["attempt"]] = metrics["cpu_seconds"]
-        self.window.clear()
-        self.reward_seconds = 0.0
-        append_line(self.run.steps, self.last_step)
-        self.board.write(step, self.last_step)
-
     def _status(self) -> dict[str, Any]:
-        node = ray.get_runtime_context().get_node_id()
         state = "ALIVE" if self.state in ("STARTING", "RUNNING") else "STOPPED"
-        me = {"role": "controller", "name": "controller", "node": node, "pid": os.getpid(), "state": state}
-        learners = sum(self.learner_cpu.values()) * self.config.learners
+        me = {"role": "controller", "name": "controller", "node": self.placement.here(), "pid": os.getpid()}
+        learner_cpu = sum(self.journal.learner_cpu.values()) * self.config.learners
         return {
             "state": self.state,
             "step": self.step,
@@ -692,28 +660,17 @@ class Controller:
             "attempt": self.ledger.version.attempt,
             "groups": self.ledger.counts(),
             "admitted": self.ledger.admitted,
-            "actors": [me, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
-            "last_step": self.last_step,
-            "best": self.best,
-            "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learners,
-            "deaths": list(self.deaths),
+            "actors": [{**me, "state": state}, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
+            "last_step": self.journal.last_step,
+            "best": self.journal.best,
+            "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learner_cpu,
+            "deaths": list(self.journal.deaths),
             "failure": self.failure,
             "time": time.time(),
         }
 
     def _write_status(self) -> None:
-        write_json(self.run.folder / "status.json", self._status())
-
-
-def committed_steps(run: Run) -> list[int]:
-    """Steps of the committed checkpoints, oldest first."""
-    names = [path.name for path in run.checkpoints.glob("step_*") if not path.name.endswith(".tmp")]
-    return sorted(int(name.removeprefix("step_")) for name in names)
-
-
-def newest_checkpoint(run: Run) -> Path | None:
-    steps = committed_steps(run)
-    return run.checkpoints / f"step_{steps[-1]}" if steps else None
+        self.journal.write_status(self._status())
 
 
 def _is_death(error: BaseException) -> bool:
@@ -726,8 +683,3 @@ def _is_death(error: BaseException) -> bool:
 async def _signal(event: asyncio.Event) -> None:
     await event.wait()
     event.clear()
-
-
-def _mean_of(records: list[Any]) -> dict[str, float]:
-    keys = {key for record in records for key in record}
-    return {key: sum(r[key] for r in records if key in r) / sum(key in r for r in records) for key in sorted(keys)}

@@ -32,18 +32,18 @@ class Job:
     def placements(self) -> dict[str, int]:
         """How many places of each role the run takes at once."""
         config = self.config
-        return {"rollout": config.rollout_workers, "reward": config.reward_workers, "learner": config.learners}
+        return {"rollout": config.rollout_workers.min, "reward": config.reward_workers, "learner": config.learners}
 
     def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
         """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""
-        sharing = ranks if alone else ranks + self.config.rollout_workers
+        sharing = ranks if alone else ranks + self.config.rollout_workers.min
         return learner_environment(self.cluster.cuda, threads=max(1, cores() // sharing))
 
     def generators(self) -> int:
         """Workers for bulk generation, when no learner wants the cores: one each, up to the machine's."""
         if self.cluster.cuda or not self.cluster.local:
-            return self.config.rollout_workers
-        return max(self.config.rollout_workers, min(cores(), 4))
+            return self.config.rollout_workers.min
+        return max(self.config.rollout_workers.min, min(cores(), 4))
 
     def fit(
         self,

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -192,7 +191,7 @@ def _controller() -> Any:
 def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     import torch.distributed as dist
 
-    from actors.controller import newest_checkpoint
+    from actors import checkpoints
     from rporec.engine.types import Version
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
@@ -203,7 +202,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     learner = Learner(run.warm_model, config, world=world)
     if rank == 0:
         ray.get(controller.learner_starts.remote())
-    checkpoint = from_rank_0(newest_checkpoint(run))  # a late commit may fall between two ranks' looks
+    checkpoint = from_rank_0(checkpoints.newest(run))  # a late commit may fall between two ranks' looks
     step = 0
     if checkpoint is not None:
         learner.load_checkpoint(checkpoint)
@@ -215,12 +214,10 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
 
     def checkpoint_at(number: int) -> None:
         """Every rank writes its part; the controller adds its own and commits."""
-        partial = run.checkpoints / f"step_{number}.tmp"
         if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it wrote
-            partial.mkdir(parents=True)
+            checkpoints.begin(run, number)
         dist.barrier()
-        learner.save_checkpoint(partial)
+        learner.save_checkpoint(checkpoints.partial(run, number))
         dist.barrier()
         if rank == 0:
             ray.get(controller.commit.remote(number, attempt))

@@ -12,6 +12,7 @@ from actors.cluster import last_words, log_of
 from actors.controller import Controller
 from actors.job import Job
 from actors.learner import rl_loop
+from actors.placement import RayPlacement
 from rporec.files import read_json, read_lines, write_json
 from rporec.report.live import LiveTable
 from rporec.run import RunError
@@ -32,9 +33,8 @@ def reinforce(job: Job) -> None:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"
             return
-        controller = Controller.options(name="controller", max_restarts=CONTROLLER_RESTARTS).remote(
-            run, config, job.cluster
-        )
+        actor = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=CONTROLLER_RESTARTS)(Controller)
+        controller = actor.options(name="controller").remote(run, config, RayPlacement(job.cluster))
         write_json(
             run.folder / "run.json",
             {

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayError
 
 from actors.cluster import last_words
 from rporec.engine.types import FIRST_VERSION, EngineError, Version
+
+RETIREMENT_POLL = 0.1  # seconds
 
 
 @dataclass
@@ -29,7 +30,7 @@ class Worker:
     running: int = 0
     pid: int = 0
     node: str = ""
-    state: str = "STARTING"
+    state: str = "STARTING"  # ALIVE, LEAVING (finishes what it holds), DEAD, STOPPED
     start_cpu: float = 0.0  # CPU seconds that its start took
     cpu_seconds: float = 0.0  # since then, as of its last answer
     version: Version = FIRST_VERSION  # of the weights that it has
@@ -39,11 +40,13 @@ class Worker:
 
 
 class Workers:
-    """Those of one role, `wanted` in number. `start(name, place)` makes the actor of one."""
+    """Those of one role, `wanted` in number. `start(name, place)` makes the actor of one, `kill` ends it."""
 
-    def __init__(self, role: str, wanted: int, slots: int, start: Callable[[str, int], Any]) -> None:
+    def __init__(
+        self, role: str, wanted: int, slots: int, start: Callable[[str, int], Any], kill: Callable[[Any], None]
+    ) -> None:
         self.role, self.wanted, self.slots = role, wanted, slots
-        self._start = start
+        self._start, self._kill = start, kill
         self._members: list[Worker] = []
         self._started = 0
         self._buried_cpu = 0.0  # of the dead
@@ -54,8 +57,14 @@ class Workers:
 
     @property
     def left(self) -> list[Worker]:
-        """Those that live or may yet."""
+        """Those that live or may yet, and are to stay."""
         return [worker for worker in self._members if worker.state in ("STARTING", "ALIVE")]
+
+    @property
+    def idle(self) -> float:
+        """Share of the slots of those alive that stand empty."""
+        slots = sum(worker.slots for worker in self.alive)
+        return 1 - sum(worker.running for worker in self.alive) / slots if slots else 0.0
 
     @property
     def cpu_seconds(self) -> float:
@@ -71,16 +80,26 @@ class Workers:
         try:
             status = await worker.actor.status.remote()
         except RayActorError as error:
-            self._members.remove(worker)
+            if worker.state == "STARTING":
+                self._members.remove(worker)
             raise EngineError(f"{name} did not start: {last_words(error)}") from None
         worker.pid, worker.node, worker.start_cpu = status["pid"], status["node"], status["cpu_seconds"]
         worker.state = "ALIVE"
         return worker
 
+    async def retire(self, worker: Worker) -> None:
+        """Let one finish what it holds, then end it."""
+        worker.state = "LEAVING"
+        while worker.running and worker.state == "LEAVING":
+            await asyncio.sleep(RETIREMENT_POLL)
+        async with worker.weights:  # a validation goes to its end too
+            if worker.state == "LEAVING":
+                self.bury(worker)
+
     def bury(self, worker: Worker) -> None:
-        """Strike out one that died or hangs."""
+        """Strike out one that died, hangs or has retired."""
         worker.state = "DEAD"
-        ray.kill(worker.actor)  # one that hangs may not come back with late results
+        self._kill(worker.actor)  # one that hangs may not come back with late results
         self._members.remove(worker)
         self._buried_cpu += worker.cpu_seconds
 
@@ -99,7 +118,7 @@ class Workers:
     def stop(self) -> None:
         for worker in self._members:
             worker.state = "STOPPED"
-            ray.kill(worker.actor)
+            self._kill(worker.actor)
 
     def describe(self) -> list[dict[str, Any]]:
         """As `rporec status --json` lists them."""

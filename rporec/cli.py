@@ -203,6 +203,17 @@ def _status(options: argparse.Namespace) -> None:
         _console().print(status_table(status))
 
 
+def _scale(options: argparse.Namespace) -> None:
+    wanted = {"rollout": options.rollout_workers, "reward": options.reward_workers}
+    wanted = {role: count for role, count in wanted.items() if count is not None}
+    if not wanted:
+        raise ConfigError("scale: say --rollout-workers N, --reward-workers M or both")
+    if bad := next((role for role, count in wanted.items() if count < 1), None):
+        raise ConfigError(f"--{bad}-workers: a run needs 1 or more (got {wanted[bad]})")
+    for worker in importlib.import_module("actors.live").scale(Run.open(options.run), wanted):
+        print(f"{worker['name']}: {worker['state'].lower()}")
+
+
 def _report(options: argparse.Namespace) -> None:
     from rporec.report.html import write_report
 
@@ -284,6 +295,11 @@ def _parser() -> argparse.ArgumentParser:
     status = add(commands, "status", _status, "what a run is doing now")
     status.add_argument("run", type=Path, metavar="RUN")
     status.add_argument("--json", action="store_true")
+
+    scale = add(commands, "scale", _scale, "change how many workers a live run has; no group is lost")
+    scale.add_argument("run", type=Path, metavar="RUN")
+    scale.add_argument("--rollout-workers", type=int, metavar="N")
+    scale.add_argument("--reward-workers", type=int, metavar="M")
 
     report = add(commands, "report", _report, "write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN")

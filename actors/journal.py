@@ -1,0 +1,84 @@
+"""What stage 2 tells: steps.jsonl, validation.jsonl, TensorBoard, and who died."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, deque
+from typing import Any
+
+from actors.cluster import log_of
+from rporec.files import append_line, read_json, read_lines, replacing, write_json
+from rporec.report.tensorboard import Scalars
+from rporec.rl.rollout_schema import GroupMeta
+from rporec.run import Run
+
+DEATHS = 100  # that status.json keeps
+
+
+class Journal:
+    """Files that people and reports read. Nothing in the loop depends on what stands here but `best`."""
+
+    def __init__(self, run: Run, groups_per_step: int) -> None:
+        self.run, self.groups_per_step = run, groups_per_step
+        self.board = Scalars(run.folder / "tensorboard")
+        self.best: dict[str, Any] = {}
+        self.last_step: dict[str, Any] = {}
+        self.deaths: deque[dict[str, Any]] = deque(maxlen=DEATHS)
+        self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
+        self.seen = Counter[str]()  # "tokens", and groups "scored" and "flat", since the last learner step
+        self.reward_seconds = 0.0  # since then, summed over reward workers
+        self._stepped = time.monotonic()
+
+    def step(self, metrics: dict[str, Any], groups: list[GroupMeta], dropped: dict[str, int], judges: int) -> None:
+        """One learner step: what rank 0 measured, what was known of its groups, and of the time since the last."""
+        now = time.monotonic()
+        elapsed, self._stepped = now - self._stepped, now
+        gaming = _mean_of([meta.gaming for meta in groups])
+        gaming["flat_groups"] = self.seen["flat"] / max(1, self.seen["scored"])
+        self.last_step = {
+            **metrics,
+            "format": sum(meta.format for meta in groups) / max(1, len(groups)),
+            "tokens_per_second": round(self.seen["tokens"] / elapsed, 1),
+            "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, judges), 4),
+            "dropped": dropped,
+            "gaming": gaming,
+        }
+        self.learner_cpu[metrics["attempt"]] = metrics["cpu_seconds"]
+        self.seen.clear()
+        self.reward_seconds = 0.0
+        append_line(self.run.steps, self.last_step)
+        self.board.write(metrics["step"], self.last_step)
+
+    def validated(self, record: dict[str, Any]) -> bool:
+        """A validation; True when it is the best so far."""
+        append_line(self.run.validation, record)
+        self.board.write(record["version"], {"validation": record})
+        return not self.best or record["ndcg@10"] > self.best["ndcg@10"]
+
+    def saved_best(self, record: dict[str, Any]) -> None:
+        self.best = record
+        write_json(self.run.folder / "best.json", record)
+
+    def died(self, role: str, name: str, pid: int, node: str, message: str) -> None:
+        death = {"time": time.time(), "role": role, "name": name, "pid": pid, "node": node}
+        self.deaths.append({**death, "message": message, "log": log_of(pid)})
+
+    def cut(self, step: int) -> None:
+        """Forget what was logged of steps that are undone: each step stands in the file once."""
+        for path in (self.run.steps, self.run.validation):
+            kept = [record for record in read_lines(path) if record["step"] < step]
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+
+    def status(self) -> dict[str, Any]:
+        """What was last written; {} before the first time."""
+        return read_json(self.run.folder / "status.json", {})
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        write_json(self.run.folder / "status.json", status)
+
+
+def _mean_of(records: list[Any]) -> dict[str, float]:
+    keys = {key for record in records for key in record}
+    return {key: sum(r[key] for r in records if key in r) / sum(key in r for r in records) for key in sorted(keys)}

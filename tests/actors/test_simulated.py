@@ -1,0 +1,215 @@
+"""The real controller, ledger and checkpoints, driven by coroutines in simulated time."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from actors import checkpoints
+from actors.controller import Controller
+from actors.simulated import Consumed, Latency, SimulatedPlacement, SimulatedRecipe, learn, on_virtual_clock
+from rporec.config import Config, parse_config
+from rporec.files import read_json, read_lines
+from rporec.run import Run
+
+
+def config(**changes: Any) -> Config:
+    small = {"groups_per_step": 8, "steps": 12, "checkpoint_every": 3, "rollout_workers": 4, "reward_workers": 2}
+    engine = {"max_num_seqs": 16}
+    return parse_config({**small, "engine": engine, "max_staleness": 1, "rl": {"validate_every": 1000}, **changes})
+
+
+class Simulation:
+    """One controller and its learner on a run folder; a second one on the same folder is a resumed run."""
+
+    def __init__(self, folder: Path, settings: Config, seed: int = 0, **latencies: Any) -> None:
+        waits = {"rollout_latency": Latency(1.0, 0.5), "reward_latency": Latency(0.1), "start": 5.0, **latencies}
+        self.run, self.config = Run(folder), settings
+        self.placement = SimulatedPlacement(seed=seed, **waits)
+        self.seen: list[Consumed] = []
+        self.rng = np.random.default_rng(seed)
+        self.controller = Controller(self.run, settings, self.placement, SimulatedRecipe())
+
+    async def until(self, time: float | None = None, learner: float = 1.0) -> dict[str, Any]:
+        """Go on to the end, or until `time`, at which everything stops as if killed."""
+        started = asyncio.create_task(self.controller.start())
+        await started
+        learning = asyncio.create_task(learn(self.controller, Latency(learner, 0.2), self.rng, seen=self.seen.append))
+        if time is None:
+            await learning
+            await self.controller.stop()
+            return self.controller._status()
+        await asyncio.wait([learning], timeout=time)
+        for task in (learning, self.controller.main, *self.controller.tasks):
+            if task is not None:
+                task.cancel()
+        await asyncio.sleep(0)
+        return self.controller._status()
+
+
+def assert_whole(status: dict[str, Any], steps: int, groups: int) -> None:
+    counts = status["groups"]
+    assert status["state"] == "FINISHED"
+    assert counts["CONSUMED"] == steps * groups
+    assert all(counts[state] == 0 for state in ("PENDING", "RUNNING", "GENERATED", "SCORED", "READY"))
+    assert sum(counts["DROPPED"].values()) + counts["CONSUMED"] == status["admitted"]
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_every_group_is_consumed_once_within_the_bound(tmp_path: Path, staleness: int) -> None:
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(max_staleness=staleness))
+        status = await simulation.until()
+        assert_whole(status, 12, 8)
+        consumed = [group for step in simulation.seen for group in step.groups]
+        assert len(set(consumed)) == len(consumed) == 12 * 8
+        assert all(step.version - step.oldest <= staleness for step in simulation.seen)
+        assert staleness == 0 or any(step.version > step.oldest for step in simulation.seen)
+
+    on_virtual_clock(work())
+
+
+def test_simulated_time_repeats_exactly(tmp_path: Path) -> None:
+    async def work(folder: Path) -> list[Consumed]:
+        simulation = Simulation(folder, config(), seed=3)
+        await simulation.until()
+        return simulation.seen
+
+    assert on_virtual_clock(work(tmp_path / "a")) == on_virtual_clock(work(tmp_path / "b"))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_workers_that_die_at_random_lose_no_group(tmp_path: Path, seed: int) -> None:
+    """Every three seconds or so one worker is killed, rollout or reward, whatever it does just then."""
+
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(steps=20), seed=seed, start=2.0)
+        rng = np.random.default_rng(seed)
+
+        async def kill() -> None:
+            await simulation.controller.start()  # what cannot start at all is the user's to mend
+            while True:
+                await asyncio.sleep(float(rng.exponential(3.0)))
+                if alive := sorted(simulation.placement.alive):
+                    simulation.placement.crash(alive[int(rng.integers(len(alive)))])
+
+        killing = asyncio.create_task(kill())
+        status = await simulation.until()
+        killing.cancel()
+        assert_whole(status, 20, 8)
+        assert len(status["deaths"]) >= 3
+        assert status["groups"]["DROPPED"].get("poisoned", 0) == 0
+
+    on_virtual_clock(work())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("block", range(10))
+def test_a_run_killed_at_any_moment_and_resumed_loses_and_repeats_no_group(
+    tmp_path: Path, block: int, staleness: int
+) -> None:
+    """Ten moments a block: 100 kills for each bound. What stands in the end is one unbroken history."""
+
+    async def killed(folder: Path, moment: float) -> None:
+        await Simulation(folder, config(max_staleness=staleness), seed=1).until(moment)
+
+    async def resumed(folder: Path) -> None:
+        simulation = Simulation(folder, config(max_staleness=staleness), seed=2)
+        status = await simulation.until()
+        assert_whole(status, 12, 8)
+        assert [record["step"] for record in read_lines(folder / "steps.jsonl")] == list(range(12))
+        assert all(step.version - step.oldest <= staleness for step in simulation.seen)
+        consumed = [group for step in simulation.seen for group in step.groups]
+        assert len(set(consumed)) == len(consumed)
+        if staleness == 0:  # exact: each step consumes what it would have consumed without the kill
+            assert all(sorted(step.groups) == list(range(8 * step.step, 8 * step.step + 8)) for step in simulation.seen)
+
+    for moment in np.random.default_rng([block, staleness]).uniform(0.5, 28.0, 10):
+        folder = tmp_path / f"{moment:.3f}"
+        on_virtual_clock(killed(folder, float(moment)))
+        first = checkpoints.newest(Run(folder))
+        on_virtual_clock(resumed(folder))
+        assert first is None or read_json(folder / "status.json")["attempt"] >= 1
+
+
+def test_a_learner_that_returns_undoes_what_followed_its_checkpoint(tmp_path: Path) -> None:
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(steps=12))
+        await simulation.controller.start()
+        first = asyncio.create_task(
+            learn(simulation.controller, Latency(1.0), simulation.rng, seen=simulation.seen.append)
+        )
+        while len(simulation.seen) < 8:
+            await asyncio.sleep(0.1)
+        first.cancel()
+        again: list[Consumed] = []
+        await learn(simulation.controller, Latency(1.0), simulation.rng, seen=again.append)
+        await simulation.controller.stop()
+        status = simulation.controller._status()
+        assert_whole(status, 12, 8)
+        assert status["attempt"] == 1
+        assert again[0].step == 6
+        assert [one["role"] for one in status["deaths"]] == ["learner"]
+
+    on_virtual_clock(work())
+
+
+def test_scaling_loses_no_group_and_changes_who_works(tmp_path: Path) -> None:
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(steps=40))
+        controller = simulation.controller
+
+        async def change() -> None:
+            await asyncio.sleep(5.0)
+            for rollouts, rewards in ((8, 1), (1, 3), (6, 2)):
+                await controller.scale("rollout", rollouts)
+                await controller.scale("reward", rewards)
+                await asyncio.sleep(10.0)
+                assert (len(controller.rollouts.alive), len(controller.rewards.alive)) == (rollouts, rewards)
+
+        changing = asyncio.create_task(change())
+        status = await simulation.until()
+        await changing
+        assert_whole(status, 40, 8)
+        assert status["deaths"] == []
+        assert status["groups"]["DROPPED"].keys() <= {"stale", "cancelled"}
+
+    on_virtual_clock(work())
+
+
+def test_a_starving_learner_gets_workers_and_a_slow_one_gives_them_back(tmp_path: Path) -> None:
+    async def workers(folder: Path, learner: float) -> int:
+        simulation = Simulation(
+            folder,
+            config(steps=80, rollout_workers={"min": 1, "max": 6}, engine={"max_num_seqs": 4}),
+            rollout_latency=Latency(1.0),
+        )
+        await simulation.until(learner=learner)
+        return simulation.controller.rollouts.wanted
+
+    assert on_virtual_clock(workers(tmp_path / "fast", 0.5)) >= 4
+    assert on_virtual_clock(workers(tmp_path / "slow", 40.0)) == 1
+
+
+def test_a_prompt_that_kills_engines_ends_the_run_with_its_reason(tmp_path: Path) -> None:
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config())
+
+        async def kill() -> None:
+            while True:
+                await asyncio.sleep(0.01)
+                for worker in simulation.controller.rollouts.alive:
+                    simulation.placement.crash(worker.name)
+
+        await simulation.controller.start()
+        killing = asyncio.create_task(kill())
+        with pytest.raises(RuntimeError, match="rollout workers in a row died"):
+            await learn(simulation.controller, Latency(1.0), simulation.rng, seen=simulation.seen.append)
+        killing.cancel()
+        assert simulation.controller.state == "FAILED"
+
+    on_virtual_clock(work())
