@@ -179,6 +179,24 @@ class Slices(Section):
     rl: float = Field(0.2, ge=0)
 
 
+class Elastic(Section):
+    """Between two numbers of workers, by how long the learner waits and how many slots stand empty; or one number."""
+
+    min: int = Field(1, ge=1)  # what a run begins with
+    max: int = Field(1, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_number(cls, value: Any) -> Any:
+        return {"min": value, "max": value} if isinstance(value, int) else value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Elastic:
+        if self.min > self.max:
+            raise ValueError(f"min: {self.min} is more than max: {self.max}")
+        return self
+
+
 class Config(Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -202,7 +220,7 @@ class Config(Section):
     groups_per_step: int = Field(64, ge=1)
     group_size: int = Field(4, ge=2)
     steps: int = Field(30, ge=0)
-    rollout_workers: int = Field(1, ge=1)
+    rollout_workers: Elastic = Elastic()  # a number, or {min, max}: as many as the learner can use
     reward_workers: int = Field(1, ge=1)
     learners: int = Field(1, ge=1)
     checkpoint_every: int = Field(10, ge=1)  # learner steps
