@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 LossName = Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"]
 Estimator = Literal["k1", "k2", "k3"]
 LOG_RATIO_LIMIT = 20.0  # nats; exp of more is no information, only overflow
+TIED = 1e-4  # nats; entropies after the same tokens, read in two places, differ by rounding (1e-6 in float32)
 
 
 @dataclass(frozen=True)
@@ -295,8 +296,12 @@ def entropy_threshold(entropies: torch.Tensor, share: float) -> float:
 
 
 def top_entropy(entropies: torch.Tensor, threshold: float) -> torch.Tensor:
-    """bool [T]: tokens at or above the threshold (ties all stay)."""
-    return entropies >= threshold
+    """bool [T]: tokens at or above the threshold.
+
+    Ties all stay, and what is less than `TIED` below is one: completions of a group begin alike, and
+    rounding must not decide which of them learns.
+    """
+    return entropies >= threshold - TIED
 
 
 # What to watch.

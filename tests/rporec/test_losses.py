@@ -147,6 +147,11 @@ def test_entropy_threshold_is_reached_by_the_top_share():
     assert entropy_threshold(entropies, 1.0) == entropy_threshold(entropies[:0], 0.2) == -math.inf
 
 
+def test_rounding_does_not_decide_which_of_equal_tokens_learn():
+    entropies = torch.tensor([0.1, 0.9, 0.9 - 6e-7, 0.3, 0.7])
+    assert top_entropy(entropies, entropy_threshold(entropies, 0.2)).tolist() == [False, True, True, False, False]
+
+
 # The whole loss.
 
 
