@@ -196,6 +196,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
     from rporec.rl.learner import Learner
+    from rporec.rl.rollout_schema import write_groups
 
     store = ray.get(controller.weight_store.remote())
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -242,6 +243,8 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
             break
         groups = ray.get(list(batch.payloads[rank::world]))  # every rank gets old groups and new ones
         clock.lap("wait")
+        if config.save_rollouts and rank == 0:
+            write_groups(run.rollouts(step), ray.get(list(batch.payloads)))
         metrics = learner.step(groups, batch.version, clock)
         clock.lap("other")
         version = publish(step + 1)

@@ -6,6 +6,7 @@ data/              the data set (or a pointer)   backbone/        the starting L
 rationales/        the teacher's texts           warmup/model/    the LLM before RL
 completions/       what the LLM wrote, by stage  head/ …          RecHeads
 checkpoints/       of stage 2                    best/            the LLM that validation picked
+rollouts/          what each step consumed, with `save_rollouts`
 steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, report.html
 """
 
@@ -118,6 +119,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
+
+    def rollouts(self, step: int) -> Path:
+        """The groups that a learner step consumed, in order; there with `save_rollouts` only."""
+        return self.folder / "rollouts" / f"step_{step}.parquet"
 
     @property
     def steps(self) -> Path:
