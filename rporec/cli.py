@@ -19,6 +19,9 @@ from rporec import __version__
 from rporec.config import Config, ConfigError, load_config
 from rporec.run import STAGES, Run
 
+# Names of `rporec bench`, and their modules in `benchmarks/`.
+BENCHMARKS = {"control-plane": "control_plane"}
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -226,6 +229,14 @@ def _export(options: argparse.Namespace) -> None:
     print(export_run(Run.open(options.run), options.out))
 
 
+def _bench(options: argparse.Namespace) -> None:
+    result = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}").run()
+    if not options.json:
+        for key, value in result["ratios"].items():
+            print(f"{key:>36}  {value}")
+    print(json.dumps(result))
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from rporec.doctor import examine, report_table
 
@@ -307,6 +318,10 @@ def _parser() -> argparse.ArgumentParser:
     export = add(commands, "export", _export, "Hugging Face folder, RecHead and item index, model card")
     export.add_argument("run", type=Path, metavar="RUN")
     export.add_argument("--out", type=Path, required=True)
+
+    bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
+    bench.add_argument("name", choices=sorted(BENCHMARKS))
+    bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
 
     doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
     doctor.add_argument("--address", help="also ask this Ray cluster")

@@ -1,0 +1,166 @@
+"""The real controller and ledger with simulated workers: how much they can carry, and what they leave idle.
+
+    rporec bench control-plane [--json]
+
+`groups_per_second` is in real time, with engines that take none. All else is in simulated time, where only
+the controller's decisions count: how throughput grows with the workers, who waits, what a death costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from actors.controller import Controller
+from actors.simulated import Consumed, Latency, SimulatedPlacement, SimulatedRecipe, SimulatedRollout, learn
+from actors.simulated import on_virtual_clock as simulated
+from benchmarks.result import result
+from rporec.config import Config, parse_config
+from rporec.run import Run
+
+SLOTS = 8  # groups that a simulated worker holds at once
+LONG_TAIL = 0.8  # sigma of a log-normal: one generation in a hundred takes five times the mean
+
+
+def settings(workers: int, groups: int, steps: int, **more: Any) -> Config:
+    return parse_config(
+        {
+            "groups_per_step": groups,
+            "steps": steps,
+            "checkpoint_every": steps,
+            "max_staleness": 1,
+            "rollout_workers": workers,
+            "engine": {"max_num_seqs": 4 * SLOTS},
+            "rl": {"validate_every": 10_000},
+            **more,
+        }
+    )
+
+
+class Measured:
+    """One training in simulated or real time, and what its learner saw."""
+
+    def __init__(self, config: Config, rollout: Latency, learner: Latency) -> None:
+        self.config, self.learner = config, learner
+        self.placement = SimulatedPlacement(rollout)
+        self.seen: list[Consumed] = []
+        self.seconds = 0.0
+
+    async def run(self, meanwhile: Callable[[Measured], Any] | None = None) -> Measured:
+        with tempfile.TemporaryDirectory() as folder:
+            controller = Controller(Run(Path(folder)), self.config, self.placement, SimulatedRecipe())
+            await controller.start()
+            loop = asyncio.get_running_loop()
+            began = loop.time()
+            beside = asyncio.create_task(meanwhile(self)) if meanwhile else None
+            await learn(controller, self.learner, np.random.default_rng(0), seen=self._note)
+            self.seconds = loop.time() - began
+            if beside is not None:
+                beside.cancel()
+            self.busy = [one.busy for one in self.placement.alive.values() if isinstance(one, SimulatedRollout)]
+            self.queued = controller.ledger.counts()["PENDING"] + controller.written.qsize()
+            await controller.stop()
+        return self
+
+    def _note(self, consumed: Consumed) -> None:
+        self.seen.append(consumed)
+
+    @property
+    def groups_per_second(self) -> float:
+        """From the end of the first step on: filling the pipe is no steady state."""
+        rest = self.seen[1:]
+        return len(rest) * self.config.groups_per_step / sum(one.waited + one.trained for one in rest)
+
+    @property
+    def learner_idle(self) -> float:
+        rest = self.seen[1:]
+        return sum(one.waited for one in rest) / sum(one.waited + one.trained for one in rest)
+
+    @property
+    def rollout_idle(self) -> float:
+        return 1 - sum(self.busy) / (self.seconds * SLOTS * self.config.rollout_workers.min)
+
+    @property
+    def staleness(self) -> float:
+        return sum(one.version - one.oldest for one in self.seen) / len(self.seen)
+
+
+def scaling(workers: int, latency: Latency, steps: int = 12) -> Measured:
+    """So many workers and a learner that needs next to no time: only rollouts limit the pace."""
+    config = settings(workers, groups=2 * workers * SLOTS, steps=steps)
+    return simulated(Measured(config, latency, Latency(1e-3)).run())
+
+
+def balanced(latency: Latency) -> Measured:
+    """Sixteen workers and a learner that takes as long for a step as they do for its groups."""
+    config = settings(16, groups=4 * 16 * SLOTS, steps=30)
+    return simulated(Measured(config, latency, Latency(4.0)).run())
+
+
+def after_a_death(workers: int = 8) -> tuple[float, float]:
+    """Groups per second before one worker is killed, and after, while no replacement is ready."""
+    config = settings(workers, groups=2 * workers * SLOTS, steps=40)
+
+    async def kill(measured: Measured) -> None:
+        while len(measured.seen) < 20:
+            await asyncio.sleep(0.1)
+        measured.placement.start = 1e9
+        measured.placement.crash("rollout-0")
+
+    measured = simulated(Measured(config, Latency(1.0, 0.3), Latency(1e-3)).run(kill))
+    groups, steps = config.groups_per_step, measured.seen
+    before, after = (
+        len(part) * groups / sum(one.waited + one.trained for one in part) for part in (steps[2:20], steps[22:])
+    )
+    return before, after
+
+
+def null_engines(steps: int = 200, groups: int = 64) -> tuple[int, float, float]:
+    """(groups, wall seconds, CPU seconds) with engines that answer at once, in real time."""
+    measured = Measured(settings(8, groups, steps), Latency(), Latency())
+    wall, cpu = time.perf_counter(), time.process_time()
+    asyncio.run(measured.run())
+    return steps * groups, time.perf_counter() - wall, time.process_time() - cpu
+
+
+def memory_slope(steps: int = 2000) -> float:
+    """KiB of resident memory that a simulated step adds, over the second half of many."""
+    process, resident = psutil.Process(), []
+
+    async def watch(measured: Measured) -> None:
+        while True:
+            resident.append((len(measured.seen), process.memory_info().rss / 1024))
+            await asyncio.sleep(10.0)
+
+    simulated(Measured(settings(8, 64, steps), Latency(1.0, 0.3), Latency(1.0)).run(watch))
+    at, size = np.array([(step, kib) for step, kib in resident if step > steps / 2]).T
+    return float(np.polyfit(at, size, 1)[0])
+
+
+def run() -> dict[str, Any]:
+    groups, wall, cpu = null_engines()
+    one = scaling(1, Latency(1.0)).groups_per_second
+    ratios: dict[str, Any] = {
+        "groups_per_second": round(groups / wall),
+        "groups_per_cpu_second": round(groups / cpu),
+    }
+    for workers in (4, 16, 64, 512):
+        many = scaling(workers, Latency(1.0), steps=12 if workers < 512 else 6)
+        ratios[f"scaling_1_to_{workers}"] = round(many.groups_per_second / (workers * one), 4)
+        ratios[f"queued_groups_at_{workers}"] = many.queued
+    for name, latency in (("constant", Latency(1.0)), ("long_tail", Latency(1.0, LONG_TAIL))):
+        measured = balanced(latency)
+        ratios[f"learner_idle_{name}"] = round(measured.learner_idle, 4)
+        ratios[f"rollout_idle_{name}"] = round(measured.rollout_idle, 4)
+        ratios[f"staleness_mean_{name}"] = round(measured.staleness, 3)
+    before, after = after_a_death()
+    ratios["after_killing_1_of_8"] = round(after / before, 4)
+    ratios["memory_kib_per_step"] = round(memory_slope(), 3)
+    return result("control-plane", ratios, {"null_engines": wall}, {"null_engines": cpu})
