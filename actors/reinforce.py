@@ -44,6 +44,14 @@ def reinforce(job: Job) -> None:
                 "pid": os.getpid(),
             },
         )
+        auth = (
+            "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
+        )  # Ray sets it in this process
+        job.console.print(
+            f"its processes: {auth}RAY_ADDRESS={job.cluster.address} ray list actors; what it does: rporec status",
+            soft_wrap=True,
+            highlight=False,
+        )
         try:
             _train(job, controller)
         finally:
