@@ -20,6 +20,7 @@ from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from ray.exceptions import RayError, RayTaskError
 
 from actors import checkpoints
@@ -89,6 +90,7 @@ class Controller:
         self.scaler = Autoscaler(config.rollout_workers.min, config.rollout_workers.max)
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
+        self.probed: tuple[Version, np.ndarray | None] = (self.ledger.version, None)
         self.starts = 0  # of the learner group, since its last commit and with the one that made it
         self.starting = asyncio.Lock()
         self.validating = asyncio.Lock()  # one version after the other: each is compared with the best so far
@@ -257,8 +259,25 @@ class Controller:
         """The newest weights enter between two decode steps; running generations go on under them."""
         async with worker.weights:
             newest = self.ledger.version  # read now: a newer one may have come while this waited
-            if worker.state == "ALIVE" and newest in await self.store.versions.remote():
-                await self._load(worker, newest)
+            if worker.state != "ALIVE" or newest not in await self.store.versions.remote():
+                return
+            if await self._load(worker, newest):
+                await self._probe(worker)
+
+    async def _probe(self, worker: Worker) -> None:
+        """What the engine says of the probes under its new weights, against what the learner said of them."""
+        version, expected = self.probed
+        if expected is None or worker.version != version:
+            return
+        try:
+            scored = await worker.actor.score_prompts.remote(self.recipe.probes)
+        except RayError as error:
+            if _is_death(error):
+                self._lost(worker, error)
+            elif not isinstance(error, GenerationAborted):
+                raise
+        else:
+            self.journal.probed(np.abs(np.concatenate(scored) - expected))
 
     async def _load(self, worker: Worker, version: Version) -> bool:
         """Bring a version into a worker; False when it died of that."""
@@ -381,9 +400,15 @@ class Controller:
         self._check(attempt)
         return await asyncio.shield(self._batch(step))
 
-    async def finished_step(self, step: int, version: Version, metrics: dict[str, Any]) -> None:
-        """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl."""
+    async def finished_step(
+        self, step: int, version: Version, metrics: dict[str, Any], probed: np.ndarray | None = None
+    ) -> None:
+        """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl.
+
+        probed: its log-probabilities of the recipe's probes under `version`, which engines are to agree with.
+        """
         self._check(version.attempt)
+        self.probed = (version, probed)
         self.journal.step(metrics, list(self.metas), self.ledger.counts()["DROPPED"], len(self.rewards.alive))
         self._autoscale(metrics["seconds"])
         self.batches.pop(step - 1, None)

@@ -7,6 +7,8 @@ import time
 from collections import Counter, deque
 from typing import Any
 
+import numpy as np
+
 from actors.cluster import log_of
 from rporec.files import append_line, read_json, read_lines, replacing, write_json
 from rporec.report.tensorboard import Scalars
@@ -28,7 +30,12 @@ class Journal:
         self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
         self.seen = Counter[str]()  # "tokens", and groups "scored" and "flat", since the last learner step
         self.reward_seconds = 0.0  # since then, summed over reward workers
+        self._probes: list[np.ndarray] = []
         self._stepped = time.monotonic()
+
+    def probed(self, differences: np.ndarray) -> None:
+        """|log p engine − log p learner| on the probes, [T], when an engine had taken a version."""
+        self._probes.append(differences)
 
     def step(self, metrics: dict[str, Any], groups: list[GroupMeta], dropped: dict[str, int], judges: int) -> None:
         """One learner step: what rank 0 measured, what was known of its groups, and of the time since the last."""
@@ -41,6 +48,7 @@ class Journal:
             "format": sum(meta.format for meta in groups) / max(1, len(groups)),
             "tokens_per_second": round(self.seen["tokens"] / elapsed, 1),
             "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, judges), 4),
+            "probe_mismatch": self._probe_mismatch(),
             "dropped": dropped,
             "gaming": gaming,
         }
@@ -49,6 +57,14 @@ class Journal:
         self.reward_seconds = 0.0
         append_line(self.run.steps, self.last_step)
         self.board.write(metrics["step"], self.last_step)
+
+    def _probe_mismatch(self) -> dict[str, float] | None:
+        """Of the engines that took a version since the last step; None when none did."""
+        if not self._probes:
+            return None
+        differences = np.concatenate(self._probes)
+        self._probes.clear()
+        return {"mean": float(differences.mean()), "max": float(differences.max())}
 
     def validated(self, record: dict[str, Any]) -> bool:
         """A validation; True when it is the best so far."""

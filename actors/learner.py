@@ -195,12 +195,14 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     from rporec.engine.types import Version
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
+    from rporec.recipes import load_recipe
     from rporec.rl.learner import Learner
     from rporec.rl.rollout_schema import write_groups
 
     store = ray.get(controller.weight_store.remote())
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(run.warm_model, config, world=world)
+    probes = load_recipe(run, config).probes
     if rank == 0:
         ray.get(controller.learner_starts.remote())
     checkpoint = from_rank_0(checkpoints.newest(run))  # a late commit may fall between two ranks' looks
@@ -246,6 +248,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         if config.save_rollouts and rank == 0:
             write_groups(run.rollouts(step), ray.get(list(batch.payloads)))
         metrics = learner.step(groups, batch.version, clock)
+        probed = learner.probe(probes)
         clock.lap("other")
         version = publish(step + 1)
         clock.lap("publish")
@@ -254,7 +257,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         record["cpu_seconds"] = round(time.process_time() - started_at, 3)
         clock = learner.start_step()  # what follows is the next step's time
         if rank == 0:
-            ray.get(controller.finished_step.remote(step, version, record))
+            ray.get(controller.finished_step.remote(step, version, record, probed))
         step += 1
         if step % config.checkpoint_every == 0 or step == config.steps:
             checkpoint_at(step)

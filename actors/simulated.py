@@ -274,6 +274,7 @@ class SimulatedRecipe:
     """Samples in an order that follows from the seed; prompts of one token."""
 
     model, context = "", 2 * TOKENS
+    probes: tuple[np.ndarray, ...] = ()
     validation: tuple[np.ndarray, list[np.ndarray], SamplingSpec] = (np.arange(0), [], SamplingSpec(temperature=0.0))
 
     def __init__(self, seed: int = 0, samples: int = 100_000) -> None:

@@ -48,6 +48,10 @@ class Recipe(Protocol):
     def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
         """Fixed samples, their prompts and how they are decoded while training."""
 
+    @property
+    def probes(self) -> list[np.ndarray]:
+        """A few fixed prompts that engine and learner both score at every publication."""
+
     def judge(self) -> Judge: ...
 
 

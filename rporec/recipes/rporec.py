@@ -17,6 +17,7 @@ from rporec.text.prompt import PromptWriter
 
 # Streams of randomness that must not meet: each is (config.seed, stream, …).
 _ORDER, _GROUP, _VALIDATION = 1, 2, 3
+_PROBES, _PROBE_TOKENS = 4, 128  # enough to see wrong weights, little enough to score at every publication
 
 
 class RPORec:
@@ -108,6 +109,11 @@ class RPORec:
         chosen = np.random.default_rng([self.config.seed, _VALIDATION]).choice(samples, size, replace=False)
         chosen.sort()
         return chosen, self.prompts(chosen), self.greedy_spec()
+
+    @cached_property
+    def probes(self) -> list[np.ndarray]:
+        _, prompts, _ = self.validation
+        return [prompt[:_PROBE_TOKENS] for prompt in prompts[:_PROBES]]
 
     # --- how they are rewarded ---------------------------------------------------------------
     def judge(self) -> HeadJudge:

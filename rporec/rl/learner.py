@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -137,6 +137,16 @@ class Learner:
                 sums += torch.stack([loss.total.detach(), loss.kl, loss.clipped]).double().cpu()
         clock.lap("backward")
         return self._metrics(groups, batches, finished, terms, all_sum(sums).tolist(), version, totals)
+
+    def probe(self, prompts: Sequence[np.ndarray]) -> np.ndarray:
+        """float32 [T]: log-probabilities of every token but the first of each prompt, at temperature 1.
+
+        An engine that has these weights must say the same. All ranks must call together.
+        """
+        rows = plain([GroupTokens(prompt[:1], [prompt[1:]]) for prompt in prompts], self.pad_id)
+        with torch.no_grad():
+            logprobs, _ = token_logprobs(self.policy.engine, rows.to(self.policy.device))
+        return logprobs.float().cpu().numpy()
 
     def _proximal(self, batch: MicroBatch) -> None:
         """Log-probabilities and entropies of the weights that the update starts from, and of the reference."""

@@ -121,6 +121,13 @@ def test_engine_and_learner_agree_on_the_current_version(trained: Watched) -> No
     assert 0 < max(worst) <= 1e-4
 
 
+def test_engine_and_learner_agree_on_the_probes_of_each_publication(trained: Watched) -> None:
+    probes = [record["probe_mismatch"] for record in read_lines(trained.folder / "steps.jsonl")]
+    seen = [probe["max"] for probe in probes if probe is not None]
+    assert len(seen) >= 3
+    assert 0 < max(seen) <= 1e-4
+
+
 def test_the_parts_of_a_step_add_up_to_its_wall_clock(trained: Watched) -> None:
     for record in read_lines(trained.folder / "steps.jsonl"):
         seconds = dict(record["seconds"])
