@@ -50,6 +50,8 @@ def status_table(status: dict[str, Any]) -> Table:
         table.add_row(
             actor["role"], f"{actor['name']}: {actor['state']}, pid {actor['pid']}, node {actor['node'][:12]}"
         )
+    for death in status.get("deaths", [])[-3:]:
+        table.add_row("died", f"{death['name']}, pid {death['pid']}: {escape(death['message'])}")
     if status.get("failure"):
         table.add_row("failure", escape(status["failure"]))
     return table

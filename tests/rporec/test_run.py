@@ -204,7 +204,8 @@ def test_a_controller_that_fell_silent_is_lost_and_its_failure_is_shown(run):
     actor = {"role": "rollout", "name": "rollout-0", "node": "n", "pid": 1, "state": "ALIVE"}
     groups = {**dict.fromkeys(("PENDING", "RUNNING", "GENERATED", "SCORED", "READY", "CONSUMED"), 0), "DROPPED": {}}
     said = {"state": "RUNNING", "time": 0, "step": 2, "version": 2, "groups": groups, "actors": [actor]}
-    write_json(run.folder / "status.json", {**said, "failure": "cannot open [/tmp/x]"})
+    deaths = [{"name": "reward-1", "pid": 7, "message": "killed [9]"}]
+    write_json(run.folder / "status.json", {**said, "failure": "cannot open [/tmp/x]", "deaths": deaths})
     status = read_status(run)
     assert status["state"] == "LOST"
     assert [actor["state"] for actor in status["actors"]] == ["LOST"]
@@ -212,3 +213,4 @@ def test_a_controller_that_fell_silent_is_lost_and_its_failure_is_shown(run):
     with console.capture() as shown:
         console.print(status_table(status))
     assert "cannot open [/tmp/x]" in shown.get()
+    assert "reward-1, pid 7: killed [9]" in shown.get()
