@@ -89,11 +89,13 @@ def test_bulk_generation_seeds_its_prompts_one_after_the_other(worker):
 
 
 def test_weights_reach_the_engine_through_the_store_and_those_of_undone_attempts_are_refused(worker, store, model):
-    # Back by one version too: a validation is of the version that is due, whatever came meanwhile.
-    for version, factor in ((Version(0, 2), 1.5), (Version(1, 2), 0.7), (Version(1, 1), 1.0)):
+    refs = {}
+    for version, factor in ((Version(0, 2), 1.5), (Version(1, 1), 1.0), (Version(1, 2), 0.7)):
         ray.get(store.put.remote(version, scaled(model, factor)))
-        ref = ray.get(store.get.remote(version))
-        assert ray.get(worker.update_weights.remote(version, ref)) > 0
+        refs[version] = ray.get(store.get.remote(version))
+    # Back by one version too: a validation is of the version that is due, whatever came meanwhile.
+    for version in (Version(0, 2), Version(1, 2), Version(1, 1)):
+        assert ray.get(worker.update_weights.remote(version, refs[version])) > 0
         assert ray.get(worker.status.remote())["version"] == version
     with torch.no_grad():
         expected = model(torch.tensor(PROMPT[None].astype(np.int64))).logits[0, :-1].log_softmax(-1)
