@@ -5,6 +5,11 @@ hands finished groups to the learners, `publish` brings their new weights to the
 has the versions that are due validated. They share one `Ledger`, which alone decides what may be
 leased, consumed or dropped; the controller holds references, never tensors. Payloads are method
 return values, so the controller owns them and a dead worker takes none along.
+
+With `max_staleness: 0` a run repeats bit for bit, killed and resumed or not. An engine's arithmetic
+depends in its last bits on what else is in the batch, so what one batch holds must follow from the
+seed: the groups of a version start together, after its validation and probes, and are scored when
+all are written, in the order in which they were drawn.
 """
 
 from __future__ import annotations
@@ -80,7 +85,8 @@ class Controller:
         self.scored = asyncio.Event()  # a group may have become READY
         self.stepped_on = asyncio.Event()  # the learner has finished a step, or was rolled back
         self.weights_due = asyncio.Event()  # the store holds a version that workers lack
-        self.written: asyncio.Queue[Group] = asyncio.Queue()
+        self.wrote = asyncio.Event()  # `written` has grown, or the last group that ran has ended
+        self.written: list[Group] = []  # to be scored
         self.suspects: set[int] = set()  # groups to be scored alone: a batch with them has failed
         self.idle_rewards: asyncio.Queue[Worker] = asyncio.Queue()
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
@@ -129,25 +135,19 @@ class Controller:
         while True:
             while self.ledger.capacity() > 0 and self._wanted():
                 self.ledger.admit(*self.recipe.draw(self.ledger.admitted))
-            while free := [worker for worker in self.rollouts.alive if self._may_lease(worker)]:
-                worker = min(free, key=lambda worker: worker.running)
-                if (group := self.ledger.lease(worker.name)) is None:
-                    break
-                worker.running += 1
-                self._spawn(self._generate(worker, group))
+            if self.config.max_staleness == 0:
+                self._lease_together()
+            else:
+                self._lease_freely()
             await _signal(self.room)
 
     async def score(self) -> None:
         """Send what has been written to idle reward workers, as much at a time as has piled up."""
         while True:
-            groups = [await self.written.get()]
+            while not self._may_score():
+                await _signal(self.wrote)
             worker = await self._idle_reward()
-            while groups[0].id not in self.suspects and not self.written.empty() and len(groups) < REWARD_BATCH:
-                if (group := self.written.get_nowait()).id in self.suspects:
-                    self.written.put_nowait(group)
-                    break
-                groups.append(group)
-            self._spawn(self._reward(worker, groups))
+            self._spawn(self._reward(worker, self._take_written()))
 
     async def train(self) -> None:
         """Give each learner step its groups: oldest version first, none beyond the staleness bound."""
@@ -173,7 +173,9 @@ class Controller:
             newest = version
             if self._validates(newest.number):
                 await self.store.pin.remote(newest)  # until it is validated, however many follow it
-                self._spawn(self._validate(newest))
+                validation = self._spawn(self._validate(newest))
+                if self.config.max_staleness == 0:
+                    await asyncio.wait([validation])
             for worker in self.rollouts.alive:
                 self._spawn(self._sync(worker))
 
@@ -185,13 +187,44 @@ class Controller:
             await asyncio.sleep(1.0)
 
     # --- one group, one worker ---------------------------------------------------------------
+    def _lease_freely(self) -> None:
+        """To the worker that holds the fewest, as long as one has a free slot."""
+        while free := [worker for worker in self.rollouts.alive if self._may_lease(worker)]:
+            if not self._lease(min(free, key=lambda worker: worker.running)):
+                break
+
+    def _lease_together(self) -> None:
+        """All that may be leased, in turn, once nothing is under way; each engine begins when it has its share."""
+        workers = sorted(self.rollouts.alive, key=lambda worker: worker.place)
+        ready = all(worker.settled == self.ledger.version and not worker.validating for worker in workers)
+        if not workers or not ready or self.ledger.under_way:
+            return
+        for worker in workers:
+            worker.actor.pause.remote()
+        for worker in itertools.cycle(workers):
+            if not self._lease(worker):
+                break
+        for worker in workers:
+            self._spawn(self._resume(worker))
+
+    def _lease(self, worker: Worker) -> bool:
+        group = self.ledger.lease(worker.name)
+        if group is None:
+            return False
+        worker.running += 1
+        self._spawn(self._generate(worker, group))
+        return True
+
+    async def _resume(self, worker: Worker) -> None:
+        worker.actor.resume.remote()  # a task, so that it comes after those of the leases
+
     async def _generate(self, worker: Worker, group: Group) -> None:
         (prompt,) = self.recipe.prompts([group.sample])
         lease = Lease(group.id, group.sample, prompt, group.seed)
         payload, meta = worker.actor.generate.remote(lease, self.recipe.rollout_spec(lease.seed))
         try:
-            described: GroupMeta = await meta
-        except RayError as error:
+            described: GroupMeta = await self._answer(meta)
+        except (RayError, TimeoutError) as error:
             if _is_death(error):
                 self._lost(worker, error)
             else:
@@ -200,10 +233,31 @@ class Controller:
             self.in_a_row["rollout"] = 0
             if generated := self.ledger.generated(group, payload, described):
                 self.journal.seen["tokens"] += described.tokens
-                self.written.put_nowait(generated)
+                self.written.append(generated)
         finally:
             worker.running -= 1
+            self.wrote.set()
             self.room.set()
+
+    async def _answer(self, reference: Any) -> Any:
+        """What a rollout worker says; TimeoutError when it hangs."""
+        try:
+            return await asyncio.wait_for(reference, self.config.engine.timeout)
+        except TimeoutError:
+            raise TimeoutError(f"no answer within engine.timeout: {self.config.engine.timeout:g} s") from None
+
+    def _may_score(self) -> bool:
+        return bool(self.written) and (self.config.max_staleness > 0 or not self.ledger.running)
+
+    def _take_written(self) -> list[Group]:
+        """As much as has piled up; a suspect alone."""
+        if self.config.max_staleness == 0:
+            self.written.sort(key=lambda group: group.id)
+        pile = self.written[:REWARD_BATCH]
+        suspect = next((at for at, group in enumerate(pile) if group.id in self.suspects), len(pile))
+        taken = pile[: max(1, suspect)]
+        del self.written[: len(taken)]
+        return taken
 
     async def _reward(self, worker: Worker, groups: list[Group]) -> None:
         began = time.monotonic()
@@ -237,8 +291,8 @@ class Controller:
             self._failed(groups[0], error)
             return
         self.suspects.update(group.id for group in groups)
-        for group in groups:
-            self.written.put_nowait(group)
+        self.written += groups
+        self.wrote.set()
 
     def _judged(self, group: Group, meta: GroupMeta) -> None:
         self.suspects.discard(group.id)
@@ -259,10 +313,12 @@ class Controller:
         """The newest weights enter between two decode steps; running generations go on under them."""
         async with worker.weights:
             newest = self.ledger.version  # read now: a newer one may have come while this waited
-            if worker.state != "ALIVE" or newest not in await self.store.versions.remote():
+            if worker.state != "ALIVE" or worker.settled == newest:
                 return
-            if await self._load(worker, newest):
+            if newest in await self.store.versions.remote() and await self._load(worker, newest):
                 await self._probe(worker)
+                worker.settled = newest
+                self.room.set()
 
     async def _probe(self, worker: Worker) -> None:
         """What the engine says of the probes under its new weights, against what the learner said of them."""
@@ -270,8 +326,8 @@ class Controller:
         if expected is None or worker.version != version:
             return
         try:
-            scored = await worker.actor.score_prompts.remote(self.recipe.probes)
-        except RayError as error:
+            scored = await self._answer(worker.actor.score_prompts.remote(self.recipe.probes))
+        except (RayError, TimeoutError) as error:
             if _is_death(error):
                 self._lost(worker, error)
             elif not isinstance(error, GenerationAborted):
@@ -284,8 +340,8 @@ class Controller:
         if worker.version == version:
             return True
         try:
-            await worker.actor.update_weights.remote(version, await self.store.get.remote(version))
-        except RayError as error:
+            await self._answer(worker.actor.update_weights.remote(version, await self.store.get.remote(version)))
+        except (RayError, TimeoutError) as error:
             if not _is_death(error):
                 raise
             self._lost(worker, error)
@@ -327,9 +383,9 @@ class Controller:
                 worker.validating = True
                 try:
                     if version.attempt == self.ledger.version.attempt and await self._load(worker, version):
-                        rows = await worker.actor.generate_many.remote(prompts, spec)
+                        rows = await self._answer(worker.actor.generate_many.remote(prompts, spec))
                         return [row[0]["text"] for row in rows]
-                except RayError as error:
+                except (RayError, TimeoutError) as error:
                     if _is_death(error):
                         self._lost(worker, error)
                     elif not isinstance(error, GenerationAborted):
@@ -552,8 +608,8 @@ class Controller:
     async def _abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""
         try:
-            await worker.actor.abort_all.remote()
-        except RayError as error:
+            await self._answer(worker.actor.abort_all.remote())
+        except (RayError, TimeoutError) as error:
             self._lost(worker, error)
 
     async def _next_groups(self) -> list[Group] | None:
@@ -639,11 +695,12 @@ class Controller:
         if not future.done():
             future.set_result(batch)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task:
         """Run `work` beside the loop; an exception in it ends the loop."""
         task = asyncio.get_running_loop().create_task(work, name=work.__name__)
         self.tasks.add(task)
         task.add_done_callback(self._reap)
+        return task
 
     def _reap(self, task: asyncio.Task) -> None:
         self.tasks.discard(task)

@@ -187,6 +187,12 @@ class SimulatedRollout(_Actor):
     def abort_all(self) -> asyncio.Future:
         return self.answer(0.0, lambda: 0)
 
+    def pause(self) -> asyncio.Future:
+        return self.answer(0.0, lambda: None)
+
+    def resume(self) -> asyncio.Future:
+        return self.answer(0.0, lambda: None)
+
 
 class SimulatedReward(_Actor):
     """One call at a time; a batch costs `latency` once."""

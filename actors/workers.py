@@ -34,6 +34,7 @@ class Worker:
     start_cpu: float = 0.0  # CPU seconds that its start took
     cpu_seconds: float = 0.0  # since then, as of its last answer
     version: Version = FIRST_VERSION  # of the weights that it has
+    settled: Version | None = None  # that it has and has said the probes under
     validating: bool = False  # no leases: what they sampled would grow stale behind the pinned version
     # Held while weights enter or a validation is being written: a validation has one version.
     weights: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -64,7 +65,7 @@ class Workers:
     def idle(self) -> float:
         """Share of the slots of those alive that stand empty."""
         slots = sum(worker.slots for worker in self.alive)
-        return 1 - sum(worker.running for worker in self.alive) / slots if slots else 0.0
+        return max(0.0, 1 - sum(worker.running for worker in self.alive) / slots) if slots else 0.0
 
     @property
     def cpu_seconds(self) -> float:

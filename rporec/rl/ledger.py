@@ -102,6 +102,15 @@ class Ledger:
         """Admitted groups that are neither CONSUMED nor DROPPED."""
         return self.admitted - self._counts["CONSUMED"] - self._counts["DROPPED"]
 
+    @property
+    def running(self) -> int:
+        return self._counts["RUNNING"]
+
+    @property
+    def under_way(self) -> int:
+        """Groups that are being written or scored."""
+        return self._counts["RUNNING"] + self._counts["GENERATED"] + self._counts["SCORED"]
+
     def counts(self) -> dict[str, Any]:
         """`{"PENDING": n, …, "CONSUMED": n, "DROPPED": {reason: n}}`; they add up to `admitted`."""
         return {s: self._counts[s] for s in get_args(State) if s != "DROPPED"} | {"DROPPED": dict(self._drops)}

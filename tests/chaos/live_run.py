@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from rporec.files import read_json, read_lines
 
@@ -77,6 +80,14 @@ class LiveRun:
         """Kill one process of that role; returns when."""
         os.kill(self.pid_of(role), how)
         return time.time()
+
+    def kill_all(self) -> None:
+        """The command and every process that it started, at once."""
+        command = psutil.Process(self.process.pid)
+        for process in [*command.children(recursive=True), command]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait(30)
 
     def finish(self, seconds: float = 400.0) -> dict[str, Any]:
         """Wait for the end; returns the last status."""

@@ -83,12 +83,20 @@ def test_a_reward_worker_that_hangs_is_timed_out(stage2) -> None:
     assert "reward.timeout" in death["message"]
 
 
+def test_a_rollout_worker_that_hangs_is_replaced(stage2) -> None:
+    run = stage2(engine__timeout=10.0)
+    run.at_step(3)
+    recovery(run, run.kill("rollout", signal.SIGSTOP), "rollout, stopped")
+    status = run.finish()
+    assert_whole(run, status)
+    (death,) = status["deaths"]
+    assert "engine.timeout" in death["message"]
+
+
 def test_a_kill_of_everything_is_resumed_without_losing_a_group(stage2) -> None:
     run = stage2()
     run.at_step(7)
-    for process in [*psutil.Process(run.process.pid).children(recursive=True), psutil.Process(run.process.pid)]:
-        process.kill()
-    run.process.wait(30)
+    run.kill_all()
     again = stage2(folder=run.folder)
     assert_whole(again, again.finish())
     assert {record["attempt"] for record in again.steps if record["step"] < 4} == {0}
