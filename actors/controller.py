@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from actors import checkpoints
 from actors.cluster import last_words
@@ -437,6 +437,7 @@ class Controller:
         self.learners = [one for one in self.learners if one["name"] != name]
         self.learners.append({"role": "learner", "name": name, "node": node, "pid": pid, "state": "ALIVE"})
         if rank == 0 and (former is not None or committed != self.step):
+            await self._forget_lost()  # a node may have gone with the learner
             self._rollback(committed)
         return self.ledger.version.attempt
 
@@ -476,9 +477,11 @@ class Controller:
     async def commit(self, step: int, attempt: int) -> None:
         """All ranks have written their part of the checkpoint: add the ledger and make it the newest."""
         self._check(attempt)
-        snapshot = self.ledger.snapshot(step)
-        held = [self.ledger.group(number) for number in snapshot["payload_ids"]]
-        payloads = await asyncio.gather(*(group.payload for group in held if group is not None))
+        try:
+            snapshot, payloads = await self._snapshot(step)
+        except ObjectLostError:
+            await self._forget_lost()
+            snapshot, payloads = await self._snapshot(step)
         await asyncio.to_thread(checkpoints.add_ledger, self.run, step, snapshot, payloads)
         self._check(attempt)  # not undone meanwhile
         checkpoints.commit(self.run, step)
@@ -669,6 +672,29 @@ class Controller:
             )
         if worker.place < workers.wanted:
             self._spawn(self._replace(workers, worker.place))
+        self._spawn(self._forget_lost())  # it may have gone with its whole node
+        self.room.set()
+
+    async def _snapshot(self, step: int) -> tuple[dict[str, Any], list[Any]]:
+        """What the ledger knows, and the rows of the groups that it lists."""
+        snapshot = self.ledger.snapshot(step)
+        held = [self.ledger.group(number) for number in snapshot["payload_ids"]]
+        return snapshot, await asyncio.gather(*(group.payload for group in held if group is not None))
+
+    async def _forget_lost(self) -> None:
+        """Groups whose rows were on a node that is gone are written anew; a fetch is the only way to know."""
+
+        async def lost(group: Group) -> bool:
+            try:
+                await group.payload
+            except ObjectLostError:
+                return True
+            return False
+
+        held = self.ledger.held()
+        for group, gone in zip(held, await asyncio.gather(*map(lost, held)), strict=True):
+            if gone:
+                self.ledger.payload_lost(group)
         self.room.set()
 
     def _rollback(self, committed: int) -> None:

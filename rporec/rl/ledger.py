@@ -123,6 +123,10 @@ class Ledger:
         """The group as it is now; None once it is dropped or committed."""
         return self._groups.get(id)
 
+    def held(self) -> list[Group]:
+        """Groups whose payload is kept."""
+        return [group for group in self._groups.values() if group.payload is not None]
+
     # --- what happens to one group
 
     def admit(self, sample: int, seed: int) -> Group:
