@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from ray.exceptions import ObjectLostError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from actors import checkpoints
 from actors.cluster import last_words
@@ -738,6 +738,8 @@ class Controller:
     def _fail(self, error: BaseException) -> None:
         """Whoever waits for the loop must hear of its end; the traceback goes into the controller's log."""
         traceback.print_exception(error)
+        if self._lost_store(error):
+            return
         own = isinstance(error, RuntimeError | ConfigError | RayError)
         self.failure = self.failure or f"{'' if own else type(error).__name__ + ': '}{last_words(error)}"
         self.state = "FAILED"
@@ -747,6 +749,16 @@ class Controller:
         for task in self.tasks:
             task.cancel()
         self._write_status()
+
+    def _lost_store(self, error: BaseException) -> bool:
+        """Whether it was the weight store that died. Versions are lost with it, so this process ends too:
+        Ray starts it anew, with a new store, from the newest checkpoint."""
+        if not (isinstance(error, ActorDiedError) and self.placement.is_store(self.store, error)):
+            return False
+        self.journal.died("weight store", "weight-store", 0, self.placement.here(), last_words(error))
+        self._write_status()
+        self.placement.restart()
+        return True
 
     def _check(self, attempt: int | None = None) -> None:
         """Tell a learner that the loop has failed, or that it was replaced: its attempt is over."""

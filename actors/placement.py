@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import ray
+from ray.exceptions import ActorDiedError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.cluster import Cluster, core
 from actors.reward import RewardWorker, reward_options
@@ -34,6 +36,12 @@ class Placement(Protocol):
     def here(self) -> str:
         """The node that this process is on."""
 
+    def is_store(self, store: Any, error: ActorDiedError) -> bool:
+        """Whether `error` tells of the store's death."""
+
+    def restart(self) -> None:
+        """End the controller's process, to be started anew."""
+
     def restarted(self) -> bool:
         """Whether the controller was started anew because its process ended."""
 
@@ -59,7 +67,8 @@ class RayPlacement:
         return RewardWorker.options(name=_ray_name(name), **reward_options(self.cluster)).remote(run, config)
 
     def store(self) -> Any:
-        return WeightStore.options(num_cpus=0).remote()
+        here = NodeAffinitySchedulingStrategy(self.here(), soft=False)  # neither is of use without the other
+        return WeightStore.options(num_cpus=0, scheduling_strategy=here).remote()
 
     def put(self, value: Any) -> Any:
         return ray.put(value)
@@ -69,6 +78,12 @@ class RayPlacement:
 
     def here(self) -> str:
         return ray.get_runtime_context().get_node_id()
+
+    def is_store(self, store: Any, error: ActorDiedError) -> bool:
+        return error.actor_id == store._actor_id.hex()
+
+    def restart(self) -> None:
+        os._exit(1)
 
     def restarted(self) -> bool:
         return ray.get_runtime_context().was_current_actor_reconstructed

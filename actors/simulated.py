@@ -260,6 +260,12 @@ class SimulatedPlacement:
     def here(self) -> str:
         return "simulated"
 
+    def is_store(self, store: Handle, error: ActorDiedError) -> bool:
+        return False
+
+    def restart(self) -> None:
+        raise NotImplementedError
+
     def restarted(self) -> bool:
         return False
 

@@ -73,6 +73,18 @@ def test_a_killed_controller_is_restarted_from_the_newest_checkpoint(stage2) -> 
     assert any(death["role"] == "controller" for death in status["deaths"])
 
 
+def test_the_weight_store_takes_the_controller_with_it_and_both_come_back(stage2) -> None:
+    run = stage2()
+    run.at_step(6)
+    family = psutil.Process(run.process.pid).children(recursive=True)
+    (store,) = (one for one in family if one.status() != "zombie" and one.cmdline()[0].startswith("ray::WeightStore"))
+    store.kill()
+    recovery(run, time.time(), "controller")
+    status = run.finish()
+    assert_whole(run, status)
+    assert "weight store" in [death["role"] for death in status["deaths"]]
+
+
 def test_a_reward_worker_that_hangs_is_timed_out(stage2) -> None:
     run = stage2(reward__timeout=5.0)
     run.at_step(3)
