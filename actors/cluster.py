@@ -117,6 +117,23 @@ def last_words(error: BaseException) -> str:
     return (telling or lines or [type(error).__name__])[-1].rpartition("EngineError: ")[2][:600]
 
 
+# What a death's last words tell of its cause, the most telling first.
+_CAUSES = (
+    ("probable cause", ""),  # an engine's own
+    ("preempted", "its node was taken back"),
+    ("node", "its node is gone: lost, stopped or out of reach"),
+    ("no answer within", "it hangs, or one call takes longer than the timeout"),
+    ("memory", "no memory left on its node"),
+    ("connection error code 2", "killed from outside: by the kernel for want of memory (see dmesg), or by hand"),
+    ("its process ended", "killed from outside: by the kernel for want of memory (see dmesg), or by hand"),
+)
+
+
+def probable_cause(words: str) -> str:
+    """Of a death with these last words; "" when they say it themselves."""
+    return next((cause for sign, cause in _CAUSES if sign in words.lower()), "a fault in its code; its log has it")
+
+
 def role_options(
     role: str, cluster: Cluster, *, gpus: float = 0.0, env: dict[str, str] | None = None
 ) -> dict[str, Any]:

@@ -510,6 +510,7 @@ class Controller:
     async def interrupt(self) -> None:
         """Take no further step: the learners get None, write a checkpoint and leave."""
         self.interrupted = True
+        self._write_status()  # a controller that is started anew is to know
         self.scored.set()
 
     async def stop(self) -> None:
@@ -558,6 +559,7 @@ class Controller:
         """Ray has restarted this actor after its process died: what was told must not be told again."""
         earlier = self.journal.status()
         self.journal.deaths.extend(earlier.get("deaths", []))
+        self.interrupted = earlier.get("interrupted", False)
         me = next((actor for actor in earlier.get("actors", []) if actor["role"] == "controller"), None)
         if me is not None:
             self.journal.died("controller", "controller", me["pid"], me["node"], "its process ended")
@@ -786,6 +788,7 @@ class Controller:
             "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learner_cpu,
             "deaths": list(self.journal.deaths),
             "failure": self.failure,
+            "interrupted": self.interrupted,
             "time": time.time(),
         }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from actors.cluster import log_of
+from actors.cluster import log_of, probable_cause
 from rporec.files import append_line, read_json, read_lines, replacing, write_json
 from rporec.report.tensorboard import Scalars
 from rporec.rl.rollout_schema import GroupMeta
@@ -78,7 +78,7 @@ class Journal:
 
     def died(self, role: str, name: str, pid: int, node: str, message: str) -> None:
         death = {"time": time.time(), "role": role, "name": name, "pid": pid, "node": node}
-        self.deaths.append({**death, "message": message, "log": log_of(pid)})
+        self.deaths.append({**death, "message": message, "cause": probable_cause(message), "log": log_of(pid)})
 
     def cut(self, step: int) -> None:
         """Forget what was logged of steps that are undone: each step stands in the file once."""

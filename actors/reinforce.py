@@ -17,7 +17,7 @@ from rporec.files import read_json, read_lines, write_json
 from rporec.report.live import LiveTable
 from rporec.run import RunError
 
-DEATH = "{role} {name} (pid {pid}) on node {node:.12} died: {message}; its log there: {log}"
+DEATH = "{role} {name} (pid {pid}) on node {node:.12} died: {message}; {cause}its log there: {log}"
 
 # Times that Ray starts a controller anew whose process ended; each goes on from the newest checkpoint.
 CONTROLLER_RESTARTS = 10
@@ -107,7 +107,10 @@ class Watch:
         self.table.update(status, status.get("last_step") or None, validation[-1] if validation else None)
         for death in status.get("deaths", []):
             if death["time"] > self.told:
-                self.job.console.print(DEATH.format(**death), soft_wrap=True, markup=False, highlight=False)
+                cause = f"probable cause: {death['cause']}; " if death["cause"] else ""
+                self.job.console.print(
+                    DEATH.format(**{**death, "cause": cause}), soft_wrap=True, markup=False, highlight=False
+                )
                 self.told = death["time"]
         if status.get("state") == "FAILED":
             pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")
