@@ -10,6 +10,8 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +63,10 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
         }
     else:
         options |= {"address": address}
+    terminate = signal.getsignal(signal.SIGTERM)
     context = ray.init(**options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, terminate)  # Ray's own would end this process on the spot
     try:
         offered = ray.cluster_resources()
         yield Cluster(
