@@ -638,9 +638,8 @@ class Controller:
         return self.ledger.admitted - dropped < self.config.steps * self.config.groups_per_step
 
     def _may_lease(self, worker: Worker) -> bool:
-        """Not to a worker whose tokens would be too old, or of an undone attempt, when they come back."""
-        ours, newest = worker.version, self.ledger.version
-        fresh = ours.attempt == newest.attempt and ours.number >= newest.number - self.config.max_staleness
+        """Not to a worker whose tokens would be too old, or of an undone attempt, when they are consumed."""
+        fresh = worker.version.attempt == self.ledger.version.attempt and self.ledger.admits(worker.version.number)
         return fresh and not worker.validating and worker.running < worker.slots
 
     def _failed(self, group: Group, error: BaseException) -> Group | None:

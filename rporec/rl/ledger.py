@@ -95,12 +95,19 @@ class Ledger:
 
     def capacity(self) -> int:
         """How many groups lock 1 lets in now."""
-        return max(0, self._bound - self.leased - self._counts["CONSUMED"])
+        bound = (self.max_staleness + self.version.number + 1) * self.groups_per_step
+        return max(0, bound - self.leased - self._counts["CONSUMED"])
 
     @property
     def leased(self) -> int:
         """Admitted groups that are neither CONSUMED nor DROPPED."""
         return self.admitted - self._counts["CONSUMED"] - self._counts["DROPPED"]
+
+    def admits(self, number: int) -> bool:
+        """Whether lock 1 lets version `number` sample another group: consumed behind all that are active, it would
+        not be stale. A worker that lags behind the newest version is given less, or its tokens come too late."""
+        active = self.leased - self._counts["PENDING"]
+        return active + self._counts["CONSUMED"] < (self.max_staleness + number + 1) * self.groups_per_step
 
     @property
     def running(self) -> int:
@@ -142,8 +149,7 @@ class Ledger:
 
     def lease(self, worker: str) -> Group | None:
         """The oldest PENDING group, now RUNNING on `worker`; None when none may be leased."""
-        active = self.leased - self._counts["PENDING"]
-        if active + self._counts["CONSUMED"] >= self._bound:
+        if not self.admits(self.version.number):
             return None
         while self._pending:
             group = self._groups.get(heapq.heappop(self._pending))
@@ -415,10 +421,6 @@ class Ledger:
         return self._move(group, "PENDING", payload=None, meta=None, step=None, **changes)
 
     # --- small questions
-
-    @property
-    def _bound(self) -> int:
-        return (self.max_staleness + self.version.number + 1) * self.groups_per_step
 
     def _current(self, ticket: Group, *states: State) -> Group | None:
         group = self._groups.get(ticket.id)

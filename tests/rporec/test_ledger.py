@@ -64,6 +64,19 @@ def test_admission_runs_max_staleness_steps_ahead():
         ledger.admit(0, 0)
 
 
+def test_a_version_that_lags_may_sample_only_what_will_not_be_stale():
+    """Of 4 groups in flight at version 1, the last 2 are consumed at version 2: not with tokens of version 0."""
+    ledger = ledger_of(max_staleness=1, groups_per_step=2)
+    for group in fill(ledger)[:2]:
+        finish(ledger, group)
+    ledger.take_step()
+    ledger.published(Version(0, 1))
+    assert not ledger.admits(0)
+    assert ledger.admits(1)
+    assert len(fill(ledger)) == 2
+    assert not ledger.admits(1)
+
+
 def test_oldest_version_is_consumed_first_and_ties_go_by_id():
     ledger = ledger_of(max_staleness=1, groups_per_step=2)
     first = fill(ledger)
