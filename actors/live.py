@@ -21,6 +21,8 @@ def controller_of(run: Run) -> Iterator[Any]:
     if live is None:
         raise ConfigError(f"{run.folder}: no training is in stage 2 here, so there is nothing to change")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if live.get("auth"):
+        os.environ.setdefault("RAY_AUTH_MODE", live["auth"])  # Ray reads it on import; the token is in the user's home
     import ray
 
     gone = f"{run.folder}: its training is gone (no controller at {live['address']}); train with --resume"

@@ -41,12 +41,11 @@ def reinforce(job: Job) -> None:
                 "address": job.cluster.address,
                 "namespace": job.cluster.namespace,
                 "controller": "controller",
+                "auth": os.environ.get("RAY_AUTH_MODE"),  # Ray sets it in this process
                 "pid": os.getpid(),
             },
         )
-        auth = (
-            "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-        )  # Ray sets it in this process
+        auth = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
         job.console.print(
             f"its processes: {auth}RAY_ADDRESS={job.cluster.address} ray list actors; what it does: rporec status",
             soft_wrap=True,
