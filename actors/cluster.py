@@ -53,7 +53,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
             "num_cpus": max(4, cores()),  # logical: roles place themselves by the resources below
             "resources": {
                 "rollout": config.rollout_workers.max + _SPARE,
-                "reward": config.reward_workers + _SPARE,
+                "reward": config.reward_workers.max + _SPARE,
                 "learner": max(config.learners, config.head.workers),
                 "serve": 4,
             },

@@ -23,6 +23,7 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ class Controller:
         self.store: Any = placement.store()
         slots = max(1, config.engine.max_num_seqs // config.group_size)
         self.rollouts = Workers("rollout", config.rollout_workers.min, slots, self._start_rollout, placement.kill)
-        self.rewards = Workers("reward", config.reward_workers, 1, self._start_reward, placement.kill)
+        self.rewards = Workers("reward", config.reward_workers.min, 1, self._start_reward, placement.kill)
         self.step = self.ledger.step  # the learner's next one
         self.state = "STARTING"
         self.learners: list[dict[str, Any]] = []
@@ -92,8 +93,10 @@ class Controller:
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
         self.metas: deque[GroupMeta] = deque(maxlen=config.groups_per_step)  # of the newest learner step
         self.in_a_row = Counter[str]()  # "poisoned", "flat" groups and lost workers by role, since one that was not
-        self.idle: list[float] = []  # share of empty rollout slots at each heartbeat of this learner step
-        self.scaler = Autoscaler(config.rollout_workers.min, config.rollout_workers.max)
+        self.loads: list[dict[str, float]] = []  # of each role, at the heartbeats of this learner step
+        elastic = {"rollout": config.rollout_workers, "reward": config.reward_workers}
+        bounds = {role: (asked.min, asked.max) for role, asked in elastic.items() if asked.min < asked.max}
+        self.scaler = Autoscaler(bounds)
         self.tasks: set[asyncio.Task] = set()
         self.main: asyncio.Task | None = None
         self.probed: tuple[Version, np.ndarray | None] = (self.ledger.version, None)
@@ -147,6 +150,7 @@ class Controller:
             while not self._may_score():
                 await _signal(self.wrote)
             worker = await self._idle_reward()
+            worker.running = 1
             self._spawn(self._reward(worker, self._take_written()))
 
     async def train(self) -> None:
@@ -181,8 +185,10 @@ class Controller:
 
     async def heartbeat(self) -> None:
         while True:
+            # Before `measure`: a reward worker answers it between two batches, so after it they seem idle.
+            queues = {"rollout": self.ledger.counts()["PENDING"], "reward": len(self.written) / REWARD_BATCH}
+            self.loads.append({role: self._workers(role).load(queued) for role, queued in queues.items()})
             await asyncio.gather(self.rollouts.measure(), self.rewards.measure())
-            self.idle.append(self.rollouts.idle)
             self._write_status()
             await asyncio.sleep(1.0)
 
@@ -261,7 +267,6 @@ class Controller:
 
     async def _reward(self, worker: Worker, groups: list[Group]) -> None:
         began = time.monotonic()
-        worker.running = len(groups)
         *scored, report = worker.actor.score.options(num_returns=len(groups) + 1).remote(
             *(group.payload for group in groups)
         )
@@ -400,6 +405,7 @@ class Controller:
         samples, _, _ = self.recipe.validation
         while True:
             worker = await self._idle_reward()
+            worker.running = 1  # one that is to leave finishes this too
             try:
                 return await asyncio.wait_for(worker.actor.validate.remote(samples, texts), self.config.reward.timeout)
             except (RayError, TimeoutError) as error:
@@ -407,6 +413,7 @@ class Controller:
                     raise
                 self._lost(worker, error)
             finally:
+                worker.running = 0
                 self.idle_rewards.put_nowait(worker)
 
     async def _idle_reward(self) -> Worker:
@@ -497,7 +504,7 @@ class Controller:
 
     async def scale(self, role: str, count: int) -> list[dict[str, Any]]:
         """Have `count` workers of a role from now on; those that leave finish what they hold. Returns who there is."""
-        workers = {"rollout": self.rollouts, "reward": self.rewards}[role]
+        workers = self._workers(role)
         workers.wanted = count
         taken = {worker.place for worker in workers.left}
         for place in sorted(set(range(count)) - taken):
@@ -564,6 +571,9 @@ class Controller:
         if me is not None:
             self.journal.died("controller", "controller", me["pid"], me["node"], "its process ended")
 
+    def _workers(self, role: str) -> Workers:
+        return {"rollout": self.rollouts, "reward": self.rewards}[role]
+
     def _start_rollout(self, name: str, place: int) -> Any:
         return self.placement.rollout(self.run, self.config, self.recipe, name, place)
 
@@ -599,16 +609,18 @@ class Controller:
             await workers.retire(worker)
 
     def _autoscale(self, seconds: dict[str, float]) -> None:
-        """Rollout workers come and go with what waited in the learner step that took `seconds`."""
-        if self.config.rollout_workers.min == self.config.rollout_workers.max or not self.idle:
+        """Workers come and go with what waited in the learner step that took `seconds`."""
+        if not self.loads:
             return
-        self.scaler.observe(seconds["wait"] / max(seconds["total"], 1e-9), sum(self.idle) / len(self.idle))
-        self.idle.clear()
-        if (wanted := self.scaler.wanted(self.rollouts.wanted)) != self.rollouts.wanted:
-            self._spawn(self._scaled(wanted))
+        loads = {role: fmean(load[role] for load in self.loads) for role in self.loads[0]}
+        self.loads.clear()
+        self.scaler.observe(seconds["wait"] / max(seconds["total"], 1e-9), loads)
+        for role, count in self.scaler.wanted({role: self._workers(role).wanted for role in loads}).items():
+            if count != self._workers(role).wanted:
+                self._spawn(self._scaled(role, count))
 
-    async def _scaled(self, wanted: int) -> None:
-        await self.scale("rollout", wanted)
+    async def _scaled(self, role: str, count: int) -> None:
+        await self.scale(role, count)
 
     async def _abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""

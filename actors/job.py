@@ -32,7 +32,8 @@ class Job:
     def placements(self) -> dict[str, int]:
         """How many places of each role the run takes at once."""
         config = self.config
-        return {"rollout": config.rollout_workers.min, "reward": config.reward_workers, "learner": config.learners}
+        rollouts, rewards = config.rollout_workers.min, config.reward_workers.min
+        return {"rollout": rollouts, "reward": rewards, "learner": config.learners}
 
     def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
         """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""

@@ -26,7 +26,7 @@ class Worker:
     name: str
     place: int  # among those of its role; a replacement takes the place of the dead
     actor: Any
-    slots: int  # groups it may hold at once
+    slots: int  # calls it may hold at once: groups to write, or one batch to score
     running: int = 0
     pid: int = 0
     node: str = ""
@@ -61,11 +61,13 @@ class Workers:
         """Those that live or may yet, and are to stay."""
         return [worker for worker in self._members if worker.state in ("STARTING", "ALIVE")]
 
-    @property
-    def idle(self) -> float:
-        """Share of the slots of those alive that stand empty."""
+    def load(self, queued: float) -> float:
+        """Share of the slots of those alive that are taken, with what queues for one; 1 when none is alive.
+
+        queued: in slots, as many as it would fill.
+        """
         slots = sum(worker.slots for worker in self.alive)
-        return max(0.0, 1 - sum(worker.running for worker in self.alive) / slots) if slots else 0.0
+        return (sum(worker.running for worker in self.alive) + queued) / slots if slots else 1.0
 
     @property
     def cpu_seconds(self) -> float:

@@ -181,7 +181,7 @@ class Slices(Section):
 
 
 class Elastic(Section):
-    """Between two numbers of workers, by how long the learner waits and how many slots stand empty; or one number."""
+    """Between two numbers of workers, by the rule of `rporec.rl.elastic`; or one number."""
 
     min: int = Field(1, ge=1)  # what a run begins with
     max: int = Field(1, ge=1)
@@ -222,7 +222,7 @@ class Config(Section):
     group_size: int = Field(4, ge=2)
     steps: int = Field(30, ge=0)
     rollout_workers: Elastic = Elastic()  # a number, or {min, max}: as many as the learner can use
-    reward_workers: int = Field(1, ge=1)
+    reward_workers: Elastic = Elastic()  # likewise
     learners: int = Field(1, ge=1)
     checkpoint_every: int = Field(10, ge=1)  # learner steps
     max_warmup_samples: int | None = Field(None, ge=0)

@@ -1,41 +1,55 @@
-"""How many rollout workers a run wants: a rule on measured waiting. Pure; the controller acts on it."""
+"""How many workers of each role a run wants: a rule on measured waiting. Pure; the controller acts on it.
+
+The *load* of a role is the share of its slots that are taken, plus what queues for one in units of all
+slots: below 1 slots stand empty, above 1 work waits. Groups in flight are bounded, so they pile up before
+the role that limits the pace; that is how it is known.
+"""
 
 from __future__ import annotations
 
-from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from statistics import fmean
 
 # The learner may wait a fifth of its time before another worker is worth its place.
 STARVING = 0.2
-# Workers whose slots stand empty for this share of the time are more than the learner can use.
+# A role with less load than this has more workers than the learner can use.
 IDLE = 0.5
 
 
 @dataclass
 class Autoscaler:
-    """Looks at the last `steps` learner steps; after each change it looks at as many new ones."""
+    """Looks at the last `steps` learner steps; after each decision it looks at as many new ones."""
 
-    low: int
-    high: int
+    bounds: Mapping[str, tuple[int, int]]  # least and most workers of each role that scales
     steps: int = 5
-    _waiting: deque[float] = field(default_factory=deque)
-    _idle: deque[float] = field(default_factory=deque)
+    _seen: list[tuple[float, Mapping[str, float]]] = field(default_factory=list)
 
-    def observe(self, waiting: float, idle: float) -> None:
-        """Of one learner step: the share of its time that it waited for groups, and of slots that stood empty."""
-        self._waiting.append(waiting)
-        self._idle.append(idle)
+    def observe(self, waiting: float, loads: Mapping[str, float]) -> None:
+        """Of one learner step: the share of its time that it waited for groups, and the load of every role.
 
-    def wanted(self, workers: int) -> int:
-        """Workers from now on: one more while the learner starves, one fewer while they idle, within the bounds.
-
-        One at a time, since a worker takes longer to start than a step: the effect is to be seen first.
+        A role that does not scale belongs in `loads` too: where it is what limits, no other one grows.
         """
-        if len(self._waiting) < self.steps:
-            return min(max(workers, self.low), self.high)
-        waiting = sum(self._waiting) / len(self._waiting)
-        idle = sum(self._idle) / len(self._idle)
-        change = 1 if waiting > STARVING and idle < IDLE else -1 if idle > IDLE and waiting < STARVING else 0
-        self._waiting.clear()
-        self._idle.clear()
-        return min(max(workers + change, self.low), self.high)
+        self._seen.append((waiting, loads))
+
+    def wanted(self, workers: Mapping[str, int]) -> dict[str, int]:
+        """From now on, of each role that scales, within its bounds; `workers`: what was wanted so far.
+
+        While the learner starves the role with the highest load gets one more; else those that idle have one
+        fewer. One at a time, since a worker takes longer to start than a step: the effect is to be seen first.
+        """
+        changes = self._changes()
+        return {
+            role: min(max(workers[role] + changes.get(role, 0), low), high) for role, (low, high) in self.bounds.items()
+        }
+
+    def _changes(self) -> dict[str, int]:
+        if len(self._seen) < self.steps:
+            return {}
+        waiting = fmean(waiting for waiting, _ in self._seen)
+        loads = {role: fmean(loads[role] for _, loads in self._seen) for role in self._seen[0][1]}
+        self._seen.clear()
+        if waiting > STARVING:
+            limit = max(loads, key=lambda role: loads[role])
+            return {limit: 1} if loads[limit] > IDLE else {}
+        return {role: -1 for role, load in loads.items() if load < IDLE}

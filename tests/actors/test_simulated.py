@@ -195,6 +195,76 @@ def test_a_starving_learner_gets_workers_and_a_slow_one_gives_them_back(tmp_path
     assert on_virtual_clock(workers(tmp_path / "slow", 40.0)) == 1
 
 
+SLOW_REWARDS = {"groups_per_step": 64, "steps": 80, "max_staleness": 3, "engine": {"max_num_seqs": 64}}
+
+
+def test_slow_rewards_get_more_reward_workers_until_the_learner_no_longer_starves(tmp_path: Path) -> None:
+    """One scores 32 groups a second, the learner takes 64; the rollout workers could write 128."""
+
+    async def work() -> None:
+        simulation = Simulation(
+            tmp_path,
+            config(**SLOW_REWARDS, rollout_workers={"min": 8, "max": 12}, reward_workers={"min": 1, "max": 6}),
+            rollout_latency=Latency(1.0),
+            reward_latency=Latency(1.0),
+        )
+        most = {"rollout": 0, "reward": 0}
+
+        async def watch() -> None:
+            while True:
+                for role in most:
+                    most[role] = max(most[role], simulation.controller._workers(role).wanted)
+                await asyncio.sleep(0.5)
+
+        watching = asyncio.create_task(watch())
+        status = await simulation.until()
+        watching.cancel()
+        assert_whole(status, 80, 64)
+        assert 2 <= simulation.controller.rewards.wanted <= 4
+        assert most["rollout"] == 8  # more of them would only have waited
+        first, last = simulation.seen[2:10], simulation.seen[-20:]
+        assert idle_share(first) > 0.4
+        assert idle_share(last) < 0.2
+
+    on_virtual_clock(work())
+
+
+def test_both_roles_grow_when_both_are_too_few(tmp_path: Path) -> None:
+    """Each writes or scores 32 groups a second at first: whichever limits grows, until the learner does."""
+
+    async def work() -> None:
+        simulation = Simulation(
+            tmp_path,
+            config(**SLOW_REWARDS, rollout_workers={"min": 2, "max": 12}, reward_workers={"min": 1, "max": 12}),
+            rollout_latency=Latency(1.0),
+            reward_latency=Latency(1.0),
+        )
+        assert_whole(await simulation.until(), 80, 64)
+        assert 4 <= simulation.controller.rollouts.wanted <= 8
+        assert 2 <= simulation.controller.rewards.wanted <= 4
+        assert idle_share(simulation.seen[-20:]) < 0.2
+
+    on_virtual_clock(work())
+
+
+def idle_share(steps: list[Consumed]) -> float:
+    waited = sum(step.waited for step in steps)
+    return waited / (waited + sum(step.trained for step in steps))
+
+
+def test_fast_rewards_give_reward_workers_back_and_a_fixed_number_stays(tmp_path: Path) -> None:
+    async def workers(folder: Path, asked: Any) -> int:
+        simulation = Simulation(folder, config(steps=80, reward_workers=asked), reward_latency=Latency(0.01))
+        training = asyncio.create_task(simulation.until(learner=4.0))
+        await asyncio.sleep(10.0)
+        await simulation.controller.scale("reward", 3)
+        assert_whole(await training, 80, 8)
+        return simulation.controller.rewards.wanted
+
+    assert on_virtual_clock(workers(tmp_path / "elastic", {"min": 1, "max": 4})) == 1
+    assert on_virtual_clock(workers(tmp_path / "fixed", 2)) == 3  # what `rporec scale` said
+
+
 def test_a_prompt_that_kills_engines_ends_the_run_with_its_reason(tmp_path: Path) -> None:
     async def work() -> None:
         simulation = Simulation(tmp_path, config())
