@@ -50,8 +50,8 @@ class Ledger:
       `admitted == sum of all counts` at any time, whatever crashed.
     - Lock 1, admission. With `leased` = groups neither CONSUMED nor DROPPED, a group is admitted only
       while `leased + consumed < (max_staleness + version + 1) * groups_per_step`. Leasing obeys the same
-      lock, counting only groups that are past PENDING: after a rollback more groups are admitted than the
-      smaller version allows, and those beyond it wait in PENDING.
+      lock, counting only groups that are past PENDING (after a rollback more groups are admitted than the
+      smaller version allows) and the version that the worker has (`admits`).
     - Lock 2, consumption. No consumed group holds a token of a version older than
       `version - max_staleness`; a READY group that does is DROPPED("stale").
     - No consumed group holds a token of an undone version: `rollback` empties such groups, and a result
