@@ -6,16 +6,23 @@ there, in a plain process it makes one of size one.
 
 from __future__ import annotations
 
+import argparse
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 
 from rporec.config import Config
 from rporec.models.backbone import load_model, merged_named_tensors
+
+_PART = "learner"  # DeepSpeed's folder in a checkpoint
 
 
 def learner_environment(cuda: bool, threads: int) -> dict[str, str]:
@@ -63,6 +70,7 @@ class Trainable:
         if not dist.is_initialized():
             _single_process_group(cuda)
         self.world, self.rank = dist.get_world_size(), dist.get_rank()
+        self.seed = config.seed
         self.accumulation = accumulation
         bf16 = config.deepspeed.bf16 if config.deepspeed.bf16 is not None else cuda
         module = load_model(model, torch.bfloat16 if bf16 else torch.float32, config.lora)
@@ -120,12 +128,76 @@ class Trainable:
         with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
             yield from ((name, tensor.clone()) for name, tensor in merged_named_tensors(self.engine.module))
 
+    # --- checkpoints -------------------------------------------------------------------------
     def save_checkpoint(self, folder: Path) -> None:
-        """Every rank writes its part of optimiser, schedule and weights into `folder`."""
-        self.engine.save_checkpoint(str(folder), tag="learner")
+        """Every rank writes its part of optimiser, schedule and weights, and its random state, into `folder`."""
+        self.engine.save_checkpoint(str(folder), tag=_PART)
+        (folder / "rng").mkdir(exist_ok=True)
+        save_file(_random_state(), _rng_file(folder, self.rank))
 
     def load_checkpoint(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="learner")
+        """Go on from what any number of ranks wrote; all ranks must call together.
+
+        As many ranks as wrote it go on bit for bit. Others have the same weights and optimiser state,
+        but sum gradients in another order and draw from fresh random states.
+        """
+        if len(list((folder / "rng").iterdir())) == self.world:
+            self.engine.load_checkpoint(str(folder), tag=_PART)
+            _set_random_state(load_file(_rng_file(folder, self.rank)))
+            return
+        if self.engine.zero_optimization_stage() == 0:  # every rank holds everything
+            self.engine.load_checkpoint(str(folder), tag=_PART)
+        else:
+            with self._by_parameter(folder) as whole:
+                self.engine.load_checkpoint(str(whole), tag=_PART)
+        fresh = np.random.default_rng([self.seed, self.engine.global_steps, self.rank])
+        torch.manual_seed(int(fresh.integers(2**63)))
+
+    @contextmanager
+    def _by_parameter(self, folder: Path) -> Iterator[Path]:
+        """The ranks' parts as DeepSpeed's universal checkpoint, and an engine that reads such a one meanwhile."""
+        whole = folder / "universal"
+        if self.rank == 0:
+            from deepspeed.checkpoint import ds_to_universal
+
+            shutil.rmtree(whole, ignore_errors=True)  # of a process that was killed here
+            ds_to_universal.main(
+                argparse.Namespace(
+                    input_folder=str(folder / _PART),
+                    output_folder=str(whole / _PART),
+                    num_extract_workers=1,
+                    num_merge_workers=1,
+                    keep_temp_folder=False,
+                    strict=True,
+                    inject_missing_state=True,  # what only models cut by tensor parallelism have
+                )
+            )
+        dist.barrier()
+        # The key "checkpoint.load_universal" of its config, which must be known before there is an engine.
+        self.engine._config.load_universal_checkpoint = True
+        try:
+            yield whole
+        finally:
+            self.engine._config.load_universal_checkpoint = False
+        dist.barrier()
+        if self.rank == 0:
+            shutil.rmtree(whole)
+
+
+def _rng_file(folder: Path, rank: int) -> Path:
+    return folder / "rng" / f"rank_{rank}.safetensors"
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    """What dropout draws from, in backbones that have it."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else state
+
+
+def _set_random_state(state: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:

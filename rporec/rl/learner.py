@@ -300,7 +300,7 @@ class Learner:
         self.policy.save_checkpoint(folder)
 
     def load_checkpoint(self, folder: Path) -> None:
-        if not (folder / "learner").is_dir():
+        if not ((folder / "learner").is_dir() and (folder / "rng").is_dir()):
             raise ConfigError(
                 f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
             )
