@@ -1,4 +1,10 @@
-"""Checkpoints of stage 2: the ranks write their part, the controller adds the ledger and commits by rename."""
+"""Checkpoints of stage 2: the ranks write their part, the controller adds the rest and commits by rename.
+
+learner/, rng/     of the ranks: weights, optimiser and schedule; random states
+controller.json    the ledger, and the hashes of the RecHead that scored
+groups.parquet     rows of the groups that wait to be consumed
+config.json        resolved config
+"""
 
 from __future__ import annotations
 
@@ -10,9 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from rporec.files import read_json, write_json
+from rporec.config import Config, ConfigError
+from rporec.files import digest, read_json, write_json
 from rporec.rl.rollout_schema import read_groups, write_groups
-from rporec.run import Run
+from rporec.run import Run, contradiction, read_config
 
 KEPT = 2  # the newest ones
 
@@ -39,10 +46,12 @@ def newest(run: Run) -> Path | None:
     return run.checkpoints / f"step_{steps[-1]}" if steps else None
 
 
-def add_ledger(run: Run, step: int, ledger: dict[str, Any], groups: Sequence[pa.RecordBatch]) -> None:
-    """The controller's part: the ledger's snapshot, and the rows of the groups whose ids it lists."""
-    write_json(partial(run, step) / "controller.json", {"step": step, "ledger": ledger})
-    write_groups(partial(run, step) / "groups.parquet", groups)
+def add_ledger(run: Run, config: Config, step: int, ledger: dict[str, Any], groups: Sequence[pa.RecordBatch]) -> None:
+    """The controller's part: the ledger's snapshot, the rows of the groups whose ids it lists, what both rest on."""
+    folder = partial(run, step)
+    write_json(folder / "controller.json", {"step": step, "ledger": ledger, "head": _head_version(run)})
+    write_groups(folder / "groups.parquet", groups)
+    write_json(folder / "config.json", config.model_dump(mode="json"))
 
 
 def read_ledger(folder: Path) -> tuple[int, dict[str, Any], dict[int, pa.RecordBatch]]:
@@ -50,6 +59,28 @@ def read_ledger(folder: Path) -> tuple[int, dict[str, Any], dict[int, pa.RecordB
     state = read_json(folder / "controller.json")
     groups = read_groups(folder / "groups.parquet")
     return state["step"], state["ledger"], {group.column("group")[0].as_py(): group for group in groups}
+
+
+def check(run: Run, config: Config) -> None:
+    """ConfigError when the newest checkpoint cannot go on under `config`, or was scored by another RecHead."""
+    folder = newest(run)
+    if folder is None:
+        return
+    key = contradiction(read_config(folder / "config.json"), config)
+    if key is not None:
+        raise ConfigError(f"{folder}: made with another {key}; start a new run for that")
+    scored, found = read_json(folder / "controller.json")["head"], _head_version(run)
+    for name in sorted(scored.keys() | found.keys()):
+        if scored.get(name) != found.get(name):
+            raise ConfigError(
+                f"{run.head() / name}: not of the RecHead that scored up to {folder.name}, so rewards would change; "
+                "put that one back, or start a new run"
+            )
+
+
+def _head_version(run: Run) -> dict[str, str]:
+    """Hash of each of the RecHead's files."""
+    return {path.name: digest(path) for path in sorted(run.head().glob("*"))}
 
 
 def commit(run: Run, step: int) -> None:

@@ -489,7 +489,7 @@ class Controller:
         except ObjectLostError:
             await self._forget_lost()
             snapshot, payloads = await self._snapshot(step)
-        await asyncio.to_thread(checkpoints.add_ledger, self.run, step, snapshot, payloads)
+        await asyncio.to_thread(checkpoints.add_ledger, self.run, self.config, step, snapshot, payloads)
         self._check(attempt)  # not undone meanwhile
         checkpoints.commit(self.run, step)
         self.ledger.committed(step)

@@ -8,6 +8,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
 
+from actors import checkpoints
 from actors.cluster import last_words, log_of
 from actors.controller import Controller
 from actors.job import Job
@@ -26,9 +27,11 @@ CONTROLLER_RESTARTS = 10
 def reinforce(job: Job) -> None:
     """The asynchronous loop: controller, rollout, reward and learner actors.
 
-    Ctrl-C ends it after the step under way, with a checkpoint. Raises RunError when it cannot go on.
+    Ctrl-C ends it after the step under way, with a checkpoint. Raises RunError when it cannot go on,
+    ConfigError when the newest checkpoint cannot be gone on with.
     """
     run, config = job.run, job.config
+    checkpoints.check(run, config)
     with run.stage("stage2") as notes:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"

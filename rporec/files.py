@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -58,6 +59,12 @@ def read_json(path: Path, default: Any = None) -> Any:
         return default
     except ValueError as error:
         raise ConfigError(f"{path}: damaged, not valid JSON ({error}); restore it or start a new run") from None
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class Run:
             return run
         if not resume:
             raise ConfigError(f"{folder}: holds a run already; add --resume to go on with it, or choose another --run")
-        key = _first_difference(run.config().model_dump(mode="json"), config.model_dump(mode="json"))
+        key = contradiction(run.config(), config)
         if key is not None:
             raise ConfigError(
                 f"{folder}: --resume with another {key} than the run began with; start a new run for that"
@@ -77,12 +77,8 @@ class Run:
         return cls(folder.absolute())
 
     def config(self) -> Config:
-        """What the run began with. Raises ConfigError when it is damaged or of another version's making."""
-        held = read_json(self.config_path)
-        try:
-            return parse_config(held)
-        except ConfigError as error:
-            raise ConfigError(f"{self.config_path}: {error}") from None
+        """What the run began with."""
+        return read_config(self.config_path)
 
     # --- paths -------------------------------------------------------------------------------
     @property
@@ -156,8 +152,23 @@ class Run:
         write_json(self.folder / "stages.json", stages)
 
 
+def read_config(path: Path) -> Config:
+    """A resolved config. Raises ConfigError when it is missing, damaged or of another version's making."""
+    if (held := read_json(path)) is None:
+        raise ConfigError(f"{path}: missing; restore it, or remove the folder that should hold it")
+    try:
+        return parse_config(held)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.
-_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "checkpoint_every"}
+_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "learners", "checkpoint_every"}
+
+
+def contradiction(held: Config, wanted: Config) -> str | None:
+    """The first key (dotted) in which `wanted` cannot go on with what was made with `held`."""
+    return _first_difference(held.model_dump(mode="json"), wanted.model_dump(mode="json"))
 
 
 def _first_difference(held: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:

@@ -166,7 +166,7 @@ def test_status_tells_of_a_finished_run(trained: Watched) -> None:
     assert status["step"] == status["version"] == 6
 
 
-def test_stage_2_resumes_from_its_newest_checkpoint(trained: Watched) -> None:
+def test_stage_2_resumes_from_its_newest_checkpoint_with_another_number_of_learners(trained: Watched) -> None:
     """Three more steps on top of the six: the learner, the version and the step go on where they were."""
     config, run = trained.folder.parent / "small.yaml", trained.folder
     stages = read_json(run / "stages.json")
@@ -175,7 +175,8 @@ def test_stage_2_resumes_from_its_newest_checkpoint(trained: Watched) -> None:
     (run / "stages.json").write_text(json.dumps(stages))
     before = read_lines(run / "steps.jsonl")
     began = time.time()
-    result = _rporec("train", str(config), "steps=9", "--run", str(run), "--resume", "--stages", "stage2")
+    more = ("steps=9", "learners=2", "--run", str(run), "--resume", "--stages", "stage2")
+    result = _rporec("train", str(config), *more)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     steps = read_lines(run / "steps.jsonl")
     assert steps[:6] == before

@@ -139,7 +139,8 @@ def test_resume_names_the_key_that_contradicts(run, change, key):
 
 
 def test_a_resumed_run_may_go_on_longer_and_on_more_machines(run):
-    longer = parse_config({"steps": 30, "rollout_workers": 4, "reward_workers": 2, "checkpoint_every": 5, "name": "x"})
+    workers = {"rollout_workers": 4, "reward_workers": 2, "learners": 2}
+    longer = parse_config({"steps": 30, "checkpoint_every": 5, "name": "x", **workers})
     assert Run.create(run.folder, longer, resume=True) == run
 
 
