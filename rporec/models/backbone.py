@@ -181,3 +181,15 @@ def _readable(name: Path | str) -> Iterator[None]:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def switch_off_dropout(module: torch.nn.Module) -> None:
+    """Also in train mode. Policy optimisation compares two passes over the same tokens: masks drawn anew in each
+    would look like a policy that moved."""
+    import torch
+
+    for part in module.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+        if isinstance(getattr(part, "attention_dropout", None), float):
+            part.attention_dropout = 0.0  # type: ignore[assignment]

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from rporec.config import Config
-from rporec.models.backbone import load_model, merged_named_tensors
+from rporec.models.backbone import load_model, merged_named_tensors, switch_off_dropout
 
 _PART = "learner"  # DeepSpeed's folder in a checkpoint
 
@@ -59,6 +59,7 @@ class Trainable:
         schedule: Callable[[int], float] | None = None,
         grad_clip: float = 1.0,
         weight_decay: float = 0.0,
+        dropout: bool = True,
     ) -> None:
         cuda = torch.cuda.is_available()
         if not cuda:
@@ -74,6 +75,8 @@ class Trainable:
         self.accumulation = accumulation
         bf16 = config.deepspeed.bf16 if config.deepspeed.bf16 is not None else cuda
         module = load_model(model, torch.bfloat16 if bf16 else torch.float32, config.lora)
+        if not dropout:
+            switch_off_dropout(module)
         module.train()  # gradient checkpointing works in no other mode
         if cuda:
             module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -100,6 +100,7 @@ class Learner:
             micro_batch=config.rl.micro_batch_groups,
             schedule=(lambda step: min(1.0, (step + 1) / warm)) if warm else None,
             grad_clip=config.rl.grad_clip,
+            dropout=False,
         )
         self.reference = self._frozen(model) if config.rl.kl else None
         pad = self.policy.engine.module.config.pad_token_id

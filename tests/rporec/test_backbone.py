@@ -2,9 +2,17 @@ import logging
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rporec.config import ConfigError, LoraConfig, TinyConfig
-from rporec.models.backbone import load_model, load_tokenizer, make_tiny, merged_named_tensors, save_model
+from rporec.models.backbone import (
+    load_model,
+    load_tokenizer,
+    make_tiny,
+    merged_named_tensors,
+    save_model,
+    switch_off_dropout,
+)
 
 TEXTS = [f" | Zarnak {n} ; fantasy => last before run" for n in range(1, 30)]
 SHAPE = TinyConfig(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocabulary=400, context=64)
@@ -135,3 +143,15 @@ def test_a_tokenizer_without_padding_pads_with_eos(folder, tmp_path):
     tokenizer.pad_token = None
     save_model(load_model(folder), tokenizer, tmp_path / "unpadded")
     assert load_tokenizer(tmp_path / "unpadded").pad_token_id == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "gpt2"])
+def test_dropout_can_be_switched_off_in_train_mode(kind):
+    """Qwen3 drops in attention alone and by a number, GPT-2 in modules too."""
+    sizes = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    more = {"qwen3": {"attention_dropout": 0.5, "head_dim": 16, "num_key_value_heads": 1}, "gpt2": {"attn_pdrop": 0.5}}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **more[kind])).train()
+    assert not torch.equal(logits(model), logits(model))
+    switch_off_dropout(model)
+    assert torch.equal(logits(model), logits(model))
