@@ -19,6 +19,7 @@ def cluster():
         initialize_head=True,
         head_node_args={
             "num_cpus": 4,
+            "include_dashboard": False,
             "resources": {"learner": 1, "rollout": 1, "reward": 1},
             "object_store_memory": 200 * 2**20,
             "_system_config": STORED,
