@@ -65,6 +65,12 @@ class Encoded:
             self.format[rows].to(device),
         )
 
+    def histories(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(a row with each of the H different histories [H], which of them each row has [B])."""
+        _, which = torch.unique(torch.cat([self.history, self.length[:, None]], dim=1), dim=0, return_inverse=True)
+        row = which.new_zeros(int(which.max()) + 1).scatter_(0, which, torch.arange(len(self), device=which.device))
+        return row, which
+
 
 class RecHead(nn.Module):
     """See the module's docstring; `config.fusion` and `config.history` choose the parts."""
@@ -86,6 +92,7 @@ class RecHead(nn.Module):
         self.catalog, self.config, self.window = catalog, config, window
         self.vocabulary = vocabulary or Vocabulary.fit(texts, extra_texts)
         self.experts = experts
+        self._frozen_items: ItemVectors | None = None
         self.weights: dict[str, float] = {}  # of the components in the score; a network counts 1, an expert 0
         words = self.vocabulary.encode(texts)
         self.register_buffer("item_words", torch.from_numpy(words.ids), persistent=False)
@@ -121,8 +128,16 @@ class RecHead(nn.Module):
 
     # -- vectors ---------------------------------------------------------------------------------
 
+    def freeze(self) -> RecHead:
+        """This head for scoring alone: the items' vectors are computed once and for all."""
+        self.eval().requires_grad_(False)
+        self._frozen_items = self.item_vectors()
+        return self
+
     def item_vectors(self) -> ItemVectors:
-        """All N items as the networks see them; costs one pass over the catalogue's words."""
+        """All N items as the networks see them; costs one pass over the catalogue's words unless frozen."""
+        if self._frozen_items is not None:
+            return self._frozen_items
         text = self.answer_encoder(self.item_words, self.item_offsets)
         if self.config.history == "text":
             past = self.history_encoder(self.item_words, self.item_offsets)
@@ -132,12 +147,12 @@ class RecHead(nn.Module):
         bias = self.item_bias * self.known + self.text_bias(text).squeeze(1)
         return ItemVectors(text=text, full=full, past=full, bias=bias)
 
-    def _history(self, batch: Encoded, items: ItemVectors) -> torch.Tensor:
+    def _history(self, history: torch.Tensor, length: torch.Tensor, items: ItemVectors) -> torch.Tensor:
         """[B, W + 1, dim] for `sequence` (row p has read p items), [B, 1, dim] for `text`."""
-        vectors = F.embedding(batch.history, items.past)
+        vectors = F.embedding(history, items.past)
         if self.config.history == "text":
-            there = torch.arange(batch.history.shape[1], device=vectors.device) < batch.length[:, None]
-            mean = (vectors * there[:, :, None]).sum(1) / batch.length.clamp_min(1)[:, None]
+            there = torch.arange(history.shape[1], device=vectors.device) < length[:, None]
+            mean = (vectors * there[:, :, None]).sum(1) / length.clamp_min(1)[:, None]
             return self.history_mlp(mean)[:, None]
         start = self.start.expand(len(vectors), 1, -1)
         width = vectors.shape[1] + 1
@@ -146,9 +161,9 @@ class RecHead(nn.Module):
         # Padding stands on the right, so the causal mask alone keeps it from every real position.
         return self.sequence(tokens)
 
-    def _newest(self, past: torch.Tensor, batch: Encoded) -> torch.Tensor:
-        last = batch.length if self.config.history == "sequence" else torch.zeros_like(batch.length)
-        return past[torch.arange(len(batch), device=past.device), last]
+    def _newest(self, past: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
+        last = length if self.config.history == "sequence" else torch.zeros_like(length)
+        return past[torch.arange(len(length), device=past.device), last]
 
     def _words(self, encoder: TextEncoder, words: Ragged) -> torch.Tensor:
         device = self.item_words.device
@@ -176,8 +191,8 @@ class RecHead(nn.Module):
         many random earlier positions as there are samples, which keeps it strong without text.
         """
         items = self.item_vectors()
-        past = self._history(batch, items)
-        newest = self._newest(past, batch)
+        past = self._history(batch.history, batch.length, items)
+        newest = self._newest(past, batch.length)
         if self.config.fusion == "paper":
             queries = [(self._fused(newest, batch), items.full)]
         else:
@@ -241,14 +256,17 @@ class RecHead(nn.Module):
         """`components` without the experts, of some rows (None: all)."""
         rows = np.arange(len(encoded)) if rows is None else rows
         training = self.training
-        self.eval()
+        if training:
+            self.eval()
         items = self.item_vectors()
         names = ("fused",) if self.config.fusion == "paper" else ("history", "text")
         result = {name: np.zeros((len(rows), len(self.catalog)), dtype=np.float32) for name in names}
         for start in range(0, len(rows), SCORE_BATCH):
             here = slice(start, start + SCORE_BATCH)
             batch = encoded.take(rows[here], items.text.device)
-            newest = self._newest(self._history(batch, items), batch)
+            row, which = batch.histories()  # completions of one prompt share theirs: it is read once
+            history, length = batch.history[row], batch.length[row]
+            newest = self._newest(self._history(history, length, items), length)[which]
             bias = 0 if items.bias is None else items.bias
             if self.config.fusion == "paper":
                 result["fused"][here] = (self._fused(newest, batch) @ items.full.T + bias).cpu().numpy()
@@ -256,7 +274,8 @@ class RecHead(nn.Module):
             result["history"][here] = (newest @ items.full.T + bias).cpu().numpy()
             if batch.format.any():
                 result["text"][here] = (self.text_scale * self._text(batch) @ items.text.T).cpu().numpy()
-        self.train(training)
+        if training:
+            self.train()
         return result
 
     def weight(self, name: str) -> float:

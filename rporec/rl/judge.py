@@ -85,7 +85,7 @@ class HeadJudge:
 
     def __init__(self, run: Run, config: Config, dataset: Dataset) -> None:
         self.run, self.config, self.dataset = run, config, dataset
-        self.head = RecHead.load(run.head(), dataset.catalog)
+        self.head = RecHead.load(run.head(), dataset.catalog).freeze()
         self.reward_head = self._before_rl()
         self.items = ItemWriter(dataset, config.text)
         self.custom = rewards.load_custom(config.reward.custom) if config.reward.custom else None

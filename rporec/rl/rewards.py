@@ -290,8 +290,9 @@ def gaming(
     no `flat_groups`.
     """
     named = [_title(answer) for answer in answers]
+    titles = {item: _title(name(item)) for item in {item for items in seen for item in items.tolist()}}
     known = [
-        bool(title) and title in {_title(name(int(item))) for item in items}
+        bool(title) and title in {titles[item] for item in items.tolist()}
         for title, items in zip(named, seen, strict=True)
     ]
     distinct = {" ".join(answer.split()).casefold() for answer in answers}

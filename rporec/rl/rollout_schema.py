@@ -206,8 +206,10 @@ def split_groups(batch: pa.RecordBatch) -> list[pa.RecordBatch]:
     """One batch per group, in order; rows of a group are adjacent."""
     groups = batch.column("group").to_numpy()
     bounds = np.concatenate([[0], np.flatnonzero(np.diff(groups)) + 1, [len(groups)]])
-    # Copies: a slice would be pickled with all of its parent's buffers.
-    return [batch.take(pa.array(np.arange(start, end))) for start, end in itertools.pairwise(bounds) if end > start]
+    # Copies, by something to concatenate: a slice would be pickled with all of its parent's buffers.
+    nothing = batch.slice(0, 0)
+    slices = [batch.slice(start, end - start) for start, end in itertools.pairwise(bounds) if end > start]
+    return [pa.concat_batches([one, nothing]) for one in slices]
 
 
 def write_groups(path: Path, groups: Sequence[pa.RecordBatch]) -> None:

@@ -70,6 +70,7 @@ class ItemWriter:
         chosen = config.columns if config.columns is not None else _short_columns(catalog)
         self.columns: tuple[str, ...] = ("title", *(name for name in chosen if name != "title"))
         self.attribute: str | None = config.attribute or self._countable()
+        self._title: dict[int, str] = {}
         self._short: dict[int, str] = {}
         self._value: dict[int, str] = {}
 
@@ -84,7 +85,11 @@ class ItemWriter:
 
     def title(self, item: int) -> str:
         """The title as `short` begins with it; the item's id where it has none."""
-        return clean(self.catalog.title(item), self.max_words) or clean(self.catalog.ids[item], 1) or str(item)
+        item = int(item)
+        if item not in self._title:
+            title = clean(self.catalog.title(item), self.max_words)
+            self._title[item] = title or clean(self.catalog.ids[item], 1) or str(item)
+        return self._title[item]
 
     def short(self, item: int) -> str:
         """ "title ; attribute ; attribute": what tiny prompts and all answers hold."""

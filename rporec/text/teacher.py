@@ -50,13 +50,13 @@ def statements(cot: str, history: History, writer: ItemWriter) -> tuple[int, int
     Statements end with a lone "." or ";". Equal ones count once, so that repeating a truth changes
     nothing. Any text is accepted; text that is not in the template's words holds nothing checkable.
     """
-    truth = {kind: _normal(text) for kind, text in facts(history, writer).items()}
+    truths = [(_normal(kind), _normal(text)) for kind, text in facts(history, writer).items()]
     true, checkable = 0, 0
     for statement in {_normal(part) for part in _END.split(cot)}:
-        kind = next((kind for kind in truth if statement.startswith(f"{_normal(kind)} ")), None)
-        if kind is not None:
+        kind, truth = next(((kind, text) for kind, text in truths if statement.startswith(f"{kind} ")), ("", ""))
+        if kind:
             checkable += 1
-            true += statement == f"{_normal(kind)} {truth[kind]}"
+            true += statement == f"{kind} {truth}"
     return true, checkable
 
 

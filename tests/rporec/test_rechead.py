@@ -125,6 +125,17 @@ def test_scores_are_deterministic_and_rows_independent(fusion: str, history: str
 
 
 @pytest.mark.parametrize(("fusion", "history"), KINDS)
+def test_rows_that_share_a_history_score_as_they_do_alone(fusion: str, history: str) -> None:
+    head = head_of(fusion, history)
+    seen = [[1, 2], [0], [1, 2], [2, 1], [], [1, 2], [0, 0], [0]]  # 0 is also what pads
+    asked = inputs([f"name{row}" for row in range(8)], seen)
+    alone = torch.cat([head.scores(asked.take([row])) for row in range(8)])
+    assert torch.allclose(head.scores(asked), alone, atol=1e-5)
+    assert torch.allclose(head.freeze().scores(asked), alone, atol=1e-5)
+    assert head.scores(asked.take([])).shape == (0, 12)
+
+
+@pytest.mark.parametrize(("fusion", "history"), KINDS)
 def test_an_answer_names_an_item_that_training_never_showed(fusion: str, history: str) -> None:
     scores = head_of(fusion, history).scores(inputs(["name11 genre2"]))
     assert scores[0].argmax() == 11

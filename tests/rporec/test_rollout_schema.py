@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -150,3 +151,8 @@ def test_a_batch_of_several_groups_splits_and_each_slice_gives_its_own_meta():
     assert group_meta(second).reward_mean == 0.5
     assert group_meta(second).group == 2
     assert split_groups(both.slice(0, 0)) == []
+
+
+def test_a_group_that_was_split_off_travels_without_the_others():
+    alone, *_ = split_groups(pa.concat_batches([batch(number) for number in range(20)]))
+    assert len(pickle.dumps(alone)) < 1.1 * len(pickle.dumps(batch(0)))
