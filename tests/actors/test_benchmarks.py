@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib
 import json
+import subprocess
+import sys
 
 import pytest
 
 from actors.simulated import Latency
-from benchmarks import control_plane
+from benchmarks import control_plane, packing
 from benchmarks.result import result
+from benchmarks.rounds import in_turns
 from rporec.cli import BENCHMARKS
+from rporec.config import TinyConfig
 
 
 @pytest.mark.parametrize("module", BENCHMARKS.values())
@@ -39,3 +43,45 @@ def test_null_engines_consume_every_group() -> None:
     groups, wall, cpu = control_plane.null_engines(steps=3, groups=8)
     assert groups == 24
     assert min(wall, cpu) > 0
+
+
+def test_ways_take_turns_and_the_first_round_does_not_count() -> None:
+    calls: list[tuple[str, int]] = []
+    ways = {way: lambda number, way=way: calls.append((way, number)) for way in ("a", "b")}
+    found = in_turns("test", ways, rounds=2)
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert found.wall["a"].shape == found.cpu["b"].shape == (2,)
+
+
+def test_both_layouts_learn_from_the_same_log_probabilities() -> None:
+    shape = TinyConfig(hidden=64, layers=2, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
+    found, difference = packing.measure("tiny", shape, prompt=16, completion=4, size=3, rounds=1)
+    assert found.times("plain", "packed") > 0
+    assert difference < 1e-4
+
+
+SMALL = {
+    "data": {"window": 6, "synthetic": {"users": 80, "series": 8, "volumes": 3, "genres": 4, "studios": 4}},
+    "tiny": {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 1, "intermediate": 128, "context": 256},
+    "head": {"dim": 16, "layers": 1},
+    "engine": {"kv_cache_mb": 64, "max_num_seqs": 8},
+}
+IN_ITS_OWN_PROCESS = """
+import json, sys
+from benchmarks import reward
+from rporec.config import parse_config
+
+found, difference = reward.measure(parse_config(json.loads(sys.argv[1])), sizes=(3, 1), groups=3, rounds=1)
+print(json.dumps([found.median("cpu"), difference]))
+"""
+
+
+@pytest.mark.engine
+def test_batches_give_the_rewards_of_one_completion_at_a_time() -> None:
+    command = [sys.executable, "-c", IN_ITS_OWN_PROCESS, json.dumps(SMALL)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds, difference = json.loads(done.stdout.splitlines()[-1])
+    assert set(seconds) == {"batches_3", "batches_1", "one_by_one", "generation"}
+    assert min(seconds.values()) > 0
+    assert difference < 1e-6
