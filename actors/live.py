@@ -41,8 +41,8 @@ def controller_of(run: Run) -> Iterator[Any]:
 
 def scale(run: Run, wanted: dict[str, int]) -> list[dict[str, Any]]:
     """Have `{role: workers}` from now on; returns the workers of those roles as the controller lists them."""
-    import ray
-
     with controller_of(run) as controller:
+        import ray
+
         answers = ray.get([controller.scale.remote(role, count) for role, count in wanted.items()])
     return [worker for answer in answers for worker in answer]

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import checkpoints
 from actors.cluster import last_words, log_of
@@ -37,7 +38,10 @@ def reinforce(job: Job) -> None:
             notes["skipped"] = "steps: 0"
             return
         actor = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=CONTROLLER_RESTARTS)(Controller)
-        controller = actor.options(name="controller").remote(run, config, RayPlacement(job.cluster))
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
+        controller = actor.options(name="controller", scheduling_strategy=here).remote(
+            run, config, RayPlacement(job.cluster)
+        )
         write_json(
             run.folder / "run.json",
             {

@@ -23,7 +23,7 @@ name: chaos
 data: {{window: 8, synthetic: {{users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}}}
 tiny: {{hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}}
 teacher: {{decision: true}}
-warmup: {{steps: 40}}
+warmup: {{steps: 240, batch_size: 16, lr: 6e-3}}
 sampling: {{max_tokens: 40}}
 head: {{epochs: 2, lr: 2e-3, dim: 32}}
 max_staleness: 1

@@ -35,8 +35,9 @@ def test_a_lost_node_takes_no_group_with_it(stage2, cluster) -> None:
             num_cpus=2, resources={"rollout": 1, "reward": 1}, object_store_memory=200 * 2**20, wait=True
         )
 
-    node = add()
     run = stage2("steps=40", "rollout_workers=2", "reward_workers=2", "--address", cluster.address)
+    run.wait(lambda status: status["actors"] != [])  # the command and its controller are on the first node
+    node = add()
     status = run.at_step(3)
     assert len({one["node"] for one in status["actors"] if one["role"] == "rollout"}) == 2
     cluster.remove_node(node, allow_graceful=False)
