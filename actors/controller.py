@@ -227,6 +227,8 @@ class Controller:
     async def _generate(self, worker: Worker, group: Group) -> None:
         (prompt,) = self.recipe.prompts([group.sample])
         lease = Lease(group.id, group.sample, prompt, group.seed)
+        clock = asyncio.get_running_loop().time  # the loop's own: it may be simulated
+        began = clock()
         payload, meta = worker.actor.generate.remote(lease, self.recipe.rollout_spec(lease.seed))
         try:
             described: GroupMeta = await self._answer(meta)
@@ -238,7 +240,7 @@ class Controller:
         else:
             self.in_a_row["rollout"] = 0
             if generated := self.ledger.generated(group, payload, described):
-                self.journal.seen["tokens"] += described.tokens
+                self.journal.generated(described.tokens, clock() - began)
                 self.written.append(generated)
         finally:
             worker.running -= 1

@@ -30,8 +30,14 @@ class Journal:
         self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
         self.seen = Counter[str]()  # "tokens", and groups "scored" and "flat", since the last learner step
         self.reward_seconds = 0.0  # since then, summed over reward workers
+        self._generation: list[float] = []  # seconds of each group written since then
         self._probes: list[np.ndarray] = []
         self._stepped = time.monotonic()
+
+    def generated(self, tokens: int, seconds: float) -> None:
+        """A rollout worker has returned a group, `seconds` after it was leased to it."""
+        self.seen["tokens"] += tokens
+        self._generation.append(round(seconds, 4))
 
     def probed(self, differences: np.ndarray) -> None:
         """|log p engine − log p learner| on the probes, [T], when an engine had taken a version."""
@@ -47,6 +53,7 @@ class Journal:
             **metrics,
             "format": sum(meta.format for meta in groups) / max(1, len(groups)),
             "tokens_per_second": round(self.seen["tokens"] / elapsed, 1),
+            "generation_seconds": self._generation,
             "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, judges), 4),
             "probe_mismatch": self._probe_mismatch(),
             "dropped": dropped,
@@ -54,6 +61,7 @@ class Journal:
         }
         self.learner_cpu[metrics["attempt"]] = metrics["cpu_seconds"]
         self.seen.clear()
+        self._generation = []
         self.reward_seconds = 0.0
         append_line(self.run.steps, self.last_step)
         self.board.write(metrics["step"], self.last_step)

@@ -73,6 +73,17 @@ def test_every_group_is_consumed_once_within_the_bound(tmp_path: Path, staleness
     on_virtual_clock(work())
 
 
+def test_each_group_is_recorded_with_the_seconds_from_its_lease_to_its_rows(tmp_path: Path) -> None:
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(), rollout_latency=Latency(2.5))
+        await simulation.until()
+        seconds = [second for record in read_lines(tmp_path / "steps.jsonl") for second in record["generation_seconds"]]
+        assert set(seconds) == {2.5}
+        assert 12 * 8 <= len(seconds) <= simulation.controller.ledger.admitted
+
+    on_virtual_clock(work())
+
+
 def test_simulated_time_repeats_exactly(tmp_path: Path) -> None:
     async def work(folder: Path) -> list[Consumed]:
         simulation = Simulation(folder, config(), seed=3)
