@@ -2,8 +2,10 @@
 
     rporec bench control-plane [--json]
 
-`groups_per_second` is in real time, with engines that take none. All else is in simulated time, where only
-the controller's decisions count: how throughput grows with the workers, who waits, what a death costs.
+`groups_per_second` is in real time, with engines that take none; `ray_groups_per_second` is the Ray path
+apart, see `benchmarks.ray_path`. All else is in simulated time, where only the controller's decisions count: how
+throughput grows with the workers, who waits, what a death costs. Generations take one second in the mean: each
+(`constant`), log-normally (`long_tail`), or as those of a real run did (`recorded`).
 """
 
 from __future__ import annotations
@@ -21,12 +23,16 @@ import psutil
 from actors.controller import Controller
 from actors.simulated import Consumed, Latency, SimulatedPlacement, SimulatedRecipe, SimulatedRollout, learn
 from actors.simulated import on_virtual_clock as simulated
+from benchmarks import ray_path
 from benchmarks.result import result
 from rporec.config import Config, parse_config
+from rporec.files import read_json
 from rporec.run import Run
 
 SLOTS = 8  # groups that a simulated worker holds at once
 LONG_TAIL = 0.8  # sigma of a log-normal: one generation in a hundred takes five times the mean
+RECORDED = Path(__file__).with_name("generation_seconds.json")
+RAY_BATCH = 16  # groups of a call, against one
 
 
 def settings(workers: int, groups: int, steps: int, **more: Any) -> Config:
@@ -65,7 +71,7 @@ class Measured:
             if beside is not None:
                 beside.cancel()
             self.busy = [one.busy for one in self.placement.alive.values() if isinstance(one, SimulatedRollout)]
-            self.queued = controller.ledger.counts()["PENDING"] + controller.written.qsize()
+            self.queued = controller.ledger.counts()["PENDING"] + len(controller.written)
             await controller.stop()
         return self
 
@@ -144,6 +150,12 @@ def memory_slope(steps: int = 2000) -> float:
     return float(np.polyfit(at, size, 1)[0])
 
 
+def recorded() -> Latency:
+    """What generations of a real run took, as multiples of their mean."""
+    seconds = np.array(read_json(RECORDED)["generation_seconds"])
+    return Latency(recorded=tuple((seconds / seconds.mean()).tolist()))
+
+
 def run() -> dict[str, Any]:
     groups, wall, cpu = null_engines()
     one = scaling(1, Latency(1.0)).groups_per_second
@@ -155,7 +167,8 @@ def run() -> dict[str, Any]:
         many = scaling(workers, Latency(1.0), steps=12 if workers < 512 else 6)
         ratios[f"scaling_1_to_{workers}"] = round(many.groups_per_second / (workers * one), 4)
         ratios[f"queued_groups_at_{workers}"] = many.queued
-    for name, latency in (("constant", Latency(1.0)), ("long_tail", Latency(1.0, LONG_TAIL))):
+    latencies = {"constant": Latency(1.0), "long_tail": Latency(1.0, LONG_TAIL), "recorded": recorded()}
+    for name, latency in latencies.items():
         measured = balanced(latency)
         ratios[f"learner_idle_{name}"] = round(measured.learner_idle, 4)
         ratios[f"rollout_idle_{name}"] = round(measured.rollout_idle, 4)
@@ -163,4 +176,9 @@ def run() -> dict[str, Any]:
     before, after = after_a_death()
     ratios["after_killing_1_of_8"] = round(after / before, 4)
     ratios["memory_kib_per_step"] = round(memory_slope(), 3)
-    return result("control-plane", ratios, {"null_engines": wall}, {"null_engines": cpu})
+    walls = {"null_engines": wall}
+    for by, (many, seconds) in ray_path.measure((1, RAY_BATCH), steps=100).items():
+        name = "ray_groups_per_second" + (f"_by_{by}" if by > 1 else "")
+        ratios[name] = round(many / seconds)
+        walls[name.replace("groups_per_second", "path")] = seconds
+    return result("control-plane", ratios, walls, {"null_engines": cpu})

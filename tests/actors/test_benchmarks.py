@@ -7,10 +7,11 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from actors.simulated import Latency
-from benchmarks import control_plane, packing
+from benchmarks import control_plane, packing, ray_path
 from benchmarks.result import result
 from benchmarks.rounds import in_turns
 from rporec.cli import BENCHMARKS
@@ -85,3 +86,19 @@ def test_batches_give_the_rewards_of_one_completion_at_a_time() -> None:
     assert set(seconds) == {"batches_3", "batches_1", "one_by_one", "generation"}
     assert min(seconds.values()) > 0
     assert difference < 1e-6
+
+
+def test_recorded_latencies_are_multiples_of_their_mean_and_drive_the_controller() -> None:
+    latency = control_plane.recorded()
+    assert len(latency.recorded) >= 100
+    assert np.mean(latency.recorded) == pytest.approx(1.0)
+    measured = control_plane.balanced(latency)
+    assert 0 < measured.learner_idle < 1
+    assert len(measured.seen) == measured.config.steps
+
+
+@pytest.mark.cluster
+def test_every_group_takes_the_ray_path() -> None:
+    for groups, seconds in ray_path.measure((1, 5), steps=3).values():
+        assert groups == 3 * ray_path.GROUPS
+        assert seconds > 0
