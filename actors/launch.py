@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
@@ -22,17 +24,24 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
     if not missing:
         console.print("nothing left to do; every stage that was asked for has finished")
         return
+    with on_cluster(run, config, address, console, "rollout", "reward", "learner") as job:
+        for name in missing:
+            console.rule(name)
+            STAGES[name](job)
+
+
+@contextlib.contextmanager
+def on_cluster(run: Run, config: Config, address: str | None, console: Console, *roles: str) -> Iterator[Job]:
+    """The job on a cluster joined or started here; says so when that has too little of what `roles` need."""
     _quiet()
     with connected(config, address, _namespace(run)) as cluster:
         job = Job(run, config, cluster, console)
-        if lacking := missing_roles(job.placements()):
+        if lacking := missing_roles({role: job.placements()[role] for role in roles}):
             console.print(
                 f"the cluster lacks resources: {', '.join(lacking)}; this waits until nodes that declare them join "
                 "(ray start --resources), or stop it with Ctrl-C"
             )
-        for name in missing:
-            console.rule(name)
-            STAGES[name](job)
+        yield job
 
 
 def _namespace(run: Run) -> str:
@@ -49,6 +58,5 @@ def _quiet() -> None:
 
 
 def evaluate(run: Run, config: Config, *, ablations: bool, address: str | None, console: Console) -> dict[str, Any]:
-    _quiet()
-    with connected(config, address, _namespace(run)) as cluster:
-        return evaluate_run(Job(run, config, cluster, console), ablations=ablations)
+    with on_cluster(run, config, address, console) as job:
+        return evaluate_run(job, ablations=ablations)

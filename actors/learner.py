@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -23,8 +23,12 @@ from ray.exceptions import RayActorError
 from actors.cluster import Cluster
 from rporec.config import Config, ConfigError
 from rporec.data import DataError
+from rporec.engine.types import Version
 from rporec.files import append_line
 from rporec.run import Run
+
+if TYPE_CHECKING:
+    from rporec.rl.learner import Clock
 
 CONTROLLER_PATIENCE = 120  # seconds
 
@@ -192,7 +196,6 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     import torch.distributed as dist
 
     from actors import checkpoints
-    from rporec.engine.types import Version
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
     from rporec.recipes import load_recipe
@@ -252,9 +255,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         clock.lap("other")
         version = publish(step + 1)
         clock.lap("publish")
-        record = {"attempt": attempt, "step": step, "version": batch.version.number, **metrics}
-        record["seconds"] = clock.seconds()
-        record["cpu_seconds"] = round(time.process_time() - started_at, 3)
+        record = step_record(step, batch.version, metrics, clock, started_at)
         clock = learner.start_step()  # what follows is the next step's time
         if rank == 0:
             ray.get(controller.finished_step.remote(step, version, record, probed))
@@ -265,6 +266,20 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         clock.lap("other")
     if committed < step:  # told to stop between two checkpoints
         checkpoint_at(step)
+
+
+def step_record(
+    step: int, version: Version, metrics: dict[str, Any], clock: Clock, started_at: float
+) -> dict[str, Any]:
+    """A line of steps.jsonl as far as rank 0 knows it; started_at: CPU seconds of its process before the first step."""
+    return {
+        "attempt": version.attempt,
+        "step": step,
+        "version": version.number,
+        **metrics,
+        "seconds": clock.seconds(),
+        "cpu_seconds": round(time.process_time() - started_at, 3),
+    }
 
 
 def head_loop(spec: dict[str, Any]) -> None:

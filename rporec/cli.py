@@ -195,6 +195,33 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
 
 
+# --- one role of a run alone ---------------------------------------------------------------------
+def _debug_rollouts(options: argparse.Namespace) -> None:
+    run = _debugged(options, "warmup")
+    _debugger().rollouts(run, options.groups, options.out, options.address, _console())
+
+
+def _debug_rewards(options: argparse.Namespace) -> None:
+    run = _debugged(options, "stage1")
+    _debugger().rewards(run, options.replay, options.out, options.address, _console())
+
+
+def _debug_learner(options: argparse.Namespace) -> None:
+    run = _debugged(options, "warmup")
+    _debugger().learner(run, options.replay, options.steps, options.out, options.address, _console())
+
+
+def _debugged(options: argparse.Namespace, stage: str) -> Run:
+    run = Run.open(options.run)
+    run.require(stage, "debug")
+    _check_address(options.address)
+    return run
+
+
+def _debugger() -> Any:
+    return importlib.import_module("actors.debug")
+
+
 # --- looking at a run --------------------------------------------------------------------------
 def _status(options: argparse.Namespace) -> None:
     from rporec.status import read_status, status_table
@@ -318,6 +345,30 @@ def _parser() -> argparse.ArgumentParser:
     export = add(commands, "export", _export, "Hugging Face folder, RecHead and item index, model card")
     export.add_argument("run", type=Path, metavar="RUN")
     export.add_argument("--out", type=Path, required=True)
+
+    debug = commands.add_parser("debug", help="one role of a run alone; the run is only read").add_subparsers(
+        required=True, metavar="ROLE"
+    )
+
+    def role(name: str, command: Any, help: str, *, replay: bool, out: str, required: bool) -> argparse.ArgumentParser:
+        sub = add(debug, name, command, help)
+        sub.add_argument("run", type=Path, metavar="RUN")
+        if replay:
+            sub.add_argument(
+                "--replay", type=Path, required=True, metavar="DIR", help="saved groups, as in RUN/rollouts"
+            )
+        sub.add_argument("--out", type=Path, required=required, metavar="DIR", help=out)
+        sub.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
+        return sub
+
+    help = "sample the first groups of stage 2 with the LLM before RL"
+    rollouts = role("rollouts", _debug_rollouts, help, replay=False, out="new folder for the groups", required=True)
+    rollouts.add_argument("--groups", type=int, metavar="N", help="how many (default: those of one step)")
+    help = "score saved groups"
+    role("rewards", _debug_rewards, help, replay=True, out="new folder for the scored groups", required=False)
+    help = "train on saved, scored groups from the LLM before RL on"
+    learner = role("learner", _debug_learner, help, replay=True, out="new folder for steps.jsonl", required=True)
+    learner.add_argument("--steps", type=int, metavar="N", help="how many (default: as many as there are groups for)")
 
     bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
     bench.add_argument("name", choices=sorted(BENCHMARKS))

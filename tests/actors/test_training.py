@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from actors.debug import saved_groups
 from rporec.evaluation.ranking import ndcg
 from rporec.files import read_json, read_lines
 
@@ -33,6 +34,7 @@ steps: 6
 checkpoint_every: 3
 max_eval_samples: 60
 eval_samples: 2
+save_rollouts: true
 rl: {validate_every: 3, validate_samples: 32}
 """
 
@@ -164,6 +166,45 @@ def test_status_tells_of_a_finished_run(trained: Watched) -> None:
     status = json.loads(_rporec("status", str(trained.folder), "--json").stdout)
     assert status["state"] == "FINISHED"
     assert status["step"] == status["version"] == 6
+
+
+def _debug(trained: Watched, role: str, out: Path, *words: object) -> str:
+    result = _rporec("debug", role, str(trained.folder), "--out", str(out), *map(str, words))
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout
+
+
+def test_one_role_after_the_other_does_what_stage_2_did(trained: Watched, tmp_path: Path) -> None:
+    """The groups that stage 2 drew first, from the same seeds; the same rewards for them; a learner that takes them."""
+    before = {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")}
+    said = _debug(trained, "rollouts", tmp_path / "written", "--groups", 20)
+    assert "20 groups, 80 completions" in said
+    assert "tokens/s" in said
+    said = _debug(trained, "rewards", tmp_path / "scored", "--replay", tmp_path / "written")
+    assert "groups/s; reward" in said
+    _debug(trained, "learner", tmp_path / "learned", "--replay", tmp_path / "scored")
+    assert {path: path.stat().st_mtime_ns for path in trained.folder.rglob("*")} == before
+
+    written, scored = saved_groups(tmp_path / "written"), saved_groups(tmp_path / "scored")
+    columns = ["group", "sample", "prompt_ids", "completion_ids", "logprobs", "text"]
+    assert [group.select(columns) for group in scored] == [group.select(columns) for group in written]
+    assert [record["step"] for record in read_lines(tmp_path / "learned" / "steps.jsonl")] == [0, 1]  # 4 are left over
+    of_step_0 = saved_groups(trained.folder / "rollouts")[:8]  # written by version 0 too
+    pairs = [(scored[group.column("group")[0].as_py()], group) for group in of_step_0]
+    same = [pair for pair in pairs if pair[0].column("completion_ids") == pair[1].column("completion_ids")]
+    assert len(same) >= 6  # other neighbours in the batch may round a token away
+    for ours, theirs in pairs:
+        assert ours.select(["group", "sample", "prompt_ids"]) == theirs.select(["group", "sample", "prompt_ids"])
+    for ours, theirs in same:
+        reward = [group.column("reward_without_entropy").to_numpy() for group in (ours, theirs)]
+        np.testing.assert_allclose(*reward, atol=1e-6)
+
+
+def test_the_learner_alone_repeats_the_run_bit_for_bit(trained: Watched, tmp_path: Path) -> None:
+    _debug(trained, "learner", tmp_path / "again", "--replay", trained.folder / "rollouts")
+    records, again = (read_lines(folder / "steps.jsonl") for folder in (trained.folder, tmp_path / "again"))
+    measured = ("step", "version", "loss", "kl", "reward_mean", "grad_norm", "ratio_stats", "engine_mismatch")
+    assert [[one[key] for key in measured] for one in again] == [[one[key] for key in measured] for one in records]
 
 
 def test_stage_2_resumes_from_its_newest_checkpoint_with_another_number_of_learners(trained: Watched) -> None:

@@ -27,6 +27,10 @@ COMMANDS = (
     "status",
     "report",
     "export",
+    "debug",
+    "debug rollouts",
+    "debug rewards",
+    "debug learner",
     "doctor",
 )
 
