@@ -127,6 +127,7 @@ _CAUSES = (
     ("probable cause", ""),  # an engine's own
     ("preempted", "its node was taken back"),
     ("node", "its node is gone: lost, stopped or out of reach"),
+    ("unavailable", "its process or its node is gone or out of reach"),
     ("no answer within", "it hangs, or one call takes longer than the timeout"),
     ("memory", "no memory left on its node"),
     ("connection error code 2", "killed from outside: by the kernel for want of memory (see dmesg), or by hand"),

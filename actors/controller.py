@@ -795,6 +795,7 @@ class Controller:
             "attempt": self.ledger.version.attempt,
             "groups": self.ledger.counts(),
             "admitted": self.ledger.admitted,
+            "returned": dict(self.ledger.events),
             "actors": [{**me, "state": state}, *self.rollouts.describe(), *self.rewards.describe(), *self.learners],
             "last_step": self.journal.last_step,
             "best": self.journal.best,

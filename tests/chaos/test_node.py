@@ -35,7 +35,7 @@ def test_a_lost_node_takes_no_group_with_it(stage2, cluster) -> None:
             num_cpus=2, resources={"rollout": 1, "reward": 1}, object_store_memory=200 * 2**20, wait=True
         )
 
-    run = stage2("steps=40", "rollout_workers=2", "reward_workers=2", "--address", cluster.address)
+    run = stage2("steps=150", "rollout_workers=2", "reward_workers=2", "--address", cluster.address)
     run.wait(lambda status: status["actors"] != [])  # the command and its controller are on the first node
     node = add()
     status = run.at_step(3)
@@ -50,5 +50,5 @@ def test_a_lost_node_takes_no_group_with_it(stage2, cluster) -> None:
         )
     )
     status = run.finish()
-    assert_whole(run, status, steps=40)
+    assert_whole(run, status, steps=150)
     assert status["groups"]["DROPPED"].get("poisoned", 0) == 0
