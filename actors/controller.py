@@ -21,7 +21,7 @@ import os
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,7 @@ import numpy as np
 from ray.exceptions import ActorDiedError, ObjectLostError, RayError, RayTaskError
 
 from actors import checkpoints
+from actors.broadcast import Answer, Broadcasts, Order
 from actors.cluster import last_words
 from actors.journal import Journal
 from actors.placement import Placement
@@ -79,6 +80,7 @@ class Controller:
         slots = max(1, config.engine.max_num_seqs // config.group_size)
         self.rollouts = Workers("rollout", config.rollout_workers.min, slots, self._start_rollout, placement.kill)
         self.rewards = Workers("reward", config.reward_workers.min, 1, self._start_reward, placement.kill)
+        self.broadcasts = Broadcasts(self.rollouts, self.journal.notice)
         self.step = self.ledger.step  # the learner's next one
         self.state = "STARTING"
         self.learners: list[dict[str, Any]] = []
@@ -138,7 +140,7 @@ class Controller:
         while True:
             while self.ledger.capacity() > 0 and self._wanted():
                 self.ledger.admit(*self.recipe.draw(self.ledger.admitted))
-            if self.config.max_staleness == 0:
+            if self._on_policy:
                 self._lease_together()
             else:
                 self._lease_freely()
@@ -168,20 +170,22 @@ class Controller:
 
     async def publish(self) -> None:
         """Bring each new version to every rollout worker; validate the versions that are due."""
-        newest: Version | None = None
+        seen: Version | None = None
         while True:
             await _signal(self.weights_due)
             version = self.ledger.version
-            if newest == version or version not in await self.store.versions.remote():
-                continue
-            newest = version
-            if self._validates(newest.number):
-                await self.store.pin.remote(newest)  # until it is validated, however many follow it
-                validation = self._spawn(self._validate(newest))
-                if self.config.max_staleness == 0:
-                    await asyncio.wait([validation])
-            for worker in self.rollouts.alive:
-                self._spawn(self._sync(worker))
+            stored = version in await self.store.versions.remote()
+            if stored and version != seen:
+                seen = version
+                if self._validates(version.number):
+                    await self.store.pin.remote(version)  # until it is validated, however many follow it
+                    validation = self._spawn(self._validate(version))
+                    if self._on_policy:
+                        await asyncio.wait([validation])
+            if stored or (self.broadcasts.serving and not self._on_policy):
+                for worker in self.rollouts.alive:
+                    if worker.settled != version:
+                        self._spawn(self._sync(worker))
 
     async def heartbeat(self) -> None:
         while True:
@@ -247,19 +251,24 @@ class Controller:
             self.wrote.set()
             self.room.set()
 
-    async def _answer(self, reference: Any) -> Any:
-        """What a rollout worker says; TimeoutError when it hangs."""
+    async def _answer(self, reference: Any, patience: float | None = None) -> Any:
+        """What a rollout worker says within `patience` seconds, or engine.timeout; TimeoutError when it hangs."""
+        seconds = patience or self.config.engine.timeout
         try:
-            return await asyncio.wait_for(reference, self.config.engine.timeout)
+            return await asyncio.wait_for(reference, seconds)
         except TimeoutError:
-            raise TimeoutError(f"no answer within engine.timeout: {self.config.engine.timeout:g} s") from None
+            raise TimeoutError(f"no answer within {seconds:g} s (engine.timeout, or less for weights)") from None
+
+    @property
+    def _on_policy(self) -> bool:
+        return self.config.max_staleness == 0
 
     def _may_score(self) -> bool:
-        return bool(self.written) and (self.config.max_staleness > 0 or not self.ledger.running)
+        return bool(self.written) and (not self._on_policy or not self.ledger.running)
 
     def _take_written(self) -> list[Group]:
         """As much as has piled up; a suspect alone."""
-        if self.config.max_staleness == 0:
+        if self._on_policy:
             self.written.sort(key=lambda group: group.id)
         pile = self.written[:REWARD_BATCH]
         suspect = next((at for at, group in enumerate(pile) if group.id in self.suspects), len(pile))
@@ -322,7 +331,7 @@ class Controller:
             newest = self.ledger.version  # read now: a newer one may have come while this waited
             if worker.state != "ALIVE" or worker.settled == newest:
                 return
-            if newest in await self.store.versions.remote() and await self._load(worker, newest):
+            if await self._load(worker, newest):
                 await self._probe(worker)
                 worker.settled = newest
                 self.room.set()
@@ -343,11 +352,16 @@ class Controller:
             self.journal.probed(np.abs(np.concatenate(scored) - expected))
 
     async def _load(self, worker: Worker, version: Version) -> bool:
-        """Bring a version into a worker; False when it died of that."""
+        """Bring a version into a worker; False when it died of that, or the store has yet to take the version."""
         if worker.version == version:
             return True
         try:
-            await self._answer(worker.actor.update_weights.remote(version, await self.store.get.remote(version)))
+            newest = version == self.ledger.version  # the learner holds no other
+            if not (newest and await self.broadcasts.bring(worker, version)):
+                if version not in await self.store.versions.remote():
+                    return False
+                stored = await self.store.get.remote(version)
+                await self._answer(worker.actor.update_weights.remote(version, stored), self.broadcasts.patience)
         except (RayError, TimeoutError) as error:
             if not _is_death(error):
                 raise
@@ -467,13 +481,21 @@ class Controller:
         return await asyncio.shield(self._batch(step))
 
     async def finished_step(
-        self, step: int, version: Version, metrics: dict[str, Any], probed: np.ndarray | None = None
+        self,
+        step: int,
+        version: Version,
+        metrics: dict[str, Any],
+        probed: np.ndarray | None = None,
+        stored: Sequence[Any] = (),
     ) -> None:
         """Rank 0 has published `version`, made by `step`; what it measured goes into steps.jsonl.
 
         probed: its log-probabilities of the recipe's probes under `version`, which engines are to agree with.
+        stored: what is awaited until the store has the version, if it may not have it yet.
         """
         self._check(version.attempt)
+        for one in stored:
+            self._spawn(self._stored(one))
         self.probed = (version, probed)
         self.journal.step(metrics, list(self.metas), self.ledger.counts()["DROPPED"], len(self.rewards.alive))
         self._autoscale(metrics["seconds"])
@@ -482,6 +504,16 @@ class Controller:
         self.ledger.published(version)
         for event in (self.stepped_on, self.weights_due, self.room, self.scored):
             event.set()
+
+    async def _stored(self, reference: Any) -> None:
+        with contextlib.suppress(RayError):  # the learner's failure too, and it says why
+            await reference
+        self.weights_due.set()
+
+    async def next_order(self, attempt: int, answer: Answer | None) -> Order | None:
+        """Which worker rank 0 is to send its weights to next; None when no more follow."""
+        self._check(attempt)
+        return await self.broadcasts.next(attempt, answer)
 
     async def commit(self, step: int, attempt: int) -> None:
         """All ranks have written their part of the checkpoint: add the ledger and make it the newest."""
@@ -537,6 +569,7 @@ class Controller:
             task.cancel()
         self.ledger.cancel()
         await asyncio.gather(self.rollouts.measure(), self.rewards.measure())
+        self.broadcasts.end(self.ledger.version.attempt)
         self.rollouts.stop()
         self.rewards.stop()
         self.learners = [{**one, "state": "STOPPED"} for one in self.learners]
@@ -715,6 +748,7 @@ class Controller:
     def _rollback(self, committed: int) -> None:
         """The learner came back from an older checkpoint: later steps are undone."""
         attempt = self.ledger.version.attempt + 1
+        self.broadcasts.end(attempt - 1)
         self.ledger.rollback(Version(attempt, committed), committed)
         self.step = committed
         for future in self.batches.values():
@@ -801,6 +835,7 @@ class Controller:
             "best": self.journal.best,
             "cpu_seconds": self.earlier_cpu + self.rollouts.cpu_seconds + self.rewards.cpu_seconds + learner_cpu,
             "deaths": list(self.journal.deaths),
+            "notices": list(self.journal.notices),
             "failure": self.failure,
             "interrupted": self.interrupted,
             "time": time.time(),

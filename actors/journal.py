@@ -15,7 +15,7 @@ from rporec.report.tensorboard import Scalars
 from rporec.rl.rollout_schema import GroupMeta
 from rporec.run import Run
 
-DEATHS = 100  # that status.json keeps
+DEATHS = 100  # that status.json keeps, and as many notices
 
 
 class Journal:
@@ -27,6 +27,7 @@ class Journal:
         self.best: dict[str, Any] = {}
         self.last_step: dict[str, Any] = {}
         self.deaths: deque[dict[str, Any]] = deque(maxlen=DEATHS)
+        self.notices: deque[dict[str, Any]] = deque(maxlen=DEATHS)
         self.learner_cpu: dict[int, float] = {}  # of rank 0, by attempt
         self.seen = Counter[str]()  # "tokens", and groups "scored" and "flat", since the last learner step
         self.reward_seconds = 0.0  # since then, summed over reward workers
@@ -87,6 +88,10 @@ class Journal:
     def died(self, role: str, name: str, pid: int, node: str, message: str) -> None:
         death = {"time": time.time(), "role": role, "name": name, "pid": pid, "node": node}
         self.deaths.append({**death, "message": message, "cause": probable_cause(message), "log": log_of(pid)})
+
+    def notice(self, message: str) -> None:
+        """Something that whoever watches should know, though the run goes on as well."""
+        self.notices.append({"time": time.time(), "message": message})
 
     def cut(self, step: int) -> None:
         """Forget what was logged of steps that are undone: each step stands in the file once."""

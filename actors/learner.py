@@ -196,6 +196,8 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     import torch.distributed as dist
 
     from actors import checkpoints
+    from actors.broadcast import Sender
+    from rporec.engine.transfer import engine_gpus
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
     from rporec.recipes import load_recipe
@@ -218,8 +220,13 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     if rank > 0:  # after rank 0 has rolled the ledger back
         ray.get(controller.attach.remote(*me, step))
 
+    stored: list[ray.ObjectRef] = []  # the store's answer to the version that is on its way
+    sends = rank == 0 and config.weight_transfer == "nccl"
+    sender = Sender(controller, attempt, 1 + engine_gpus(config.engine)) if sends else None
+
     def checkpoint_at(number: int) -> None:
         """Every rank writes its part; the controller adds its own and commits."""
+        ray.get(stored)  # a committed version is one that can be validated
         if rank == 0:
             checkpoints.begin(run, number)
         dist.barrier()
@@ -229,15 +236,18 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
             ray.get(controller.commit.remote(number, attempt))
 
     def publish(number: int) -> Version:
-        """Copy the weights out and let the store have them; the next step need not wait for the workers."""
+        """Copy the weights out; the next step waits neither for the store nor for the workers."""
         version = Version(attempt, number)
-        flat = flatten(learner.named_weights())
+        weights = learner.named_weights()
+        flat = flatten(weights if sender is None else sender.hold(version, weights))
         if rank == 0:
-            ray.get(store.put.remote(version, flat))
+            ray.get(stored)  # one version on its way at a time; raises what kept it
+            stored[:] = [store.put.remote(version, flat)]
         return version
 
     publish(step)
     if rank == 0:
+        ray.get(stored)
         ray.get(controller.attached.remote())
     started_at = time.process_time()
     committed = step
@@ -258,7 +268,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         record = step_record(step, batch.version, metrics, clock, started_at)
         clock = learner.start_step()  # what follows is the next step's time
         if rank == 0:
-            ray.get(controller.finished_step.remote(step, version, record, probed))
+            ray.get(controller.finished_step.remote(step, version, record, probed, stored))
         step += 1
         if step % config.checkpoint_every == 0 or step == config.steps:
             checkpoint_at(step)

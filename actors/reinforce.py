@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -15,6 +16,7 @@ from actors.controller import Controller
 from actors.job import Job
 from actors.learner import rl_loop
 from actors.placement import RayPlacement
+from rporec.engine.transfer import choose_transfer
 from rporec.files import read_json, read_lines, write_json
 from rporec.report.live import LiveTable
 from rporec.run import RunError
@@ -37,6 +39,11 @@ def reinforce(job: Job) -> None:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"
             return
+        transfer = choose_transfer(config, cuda=job.cluster.cuda, gpus=ray.cluster_resources().get("GPU", 0))
+        if transfer.line:
+            job.console.print(transfer.line, soft_wrap=True, markup=False, highlight=False)
+        config = config.model_copy(update={"weight_transfer": transfer.kind})
+        job = replace(job, config=config)
         actor = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=CONTROLLER_RESTARTS)(Controller)
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # not on a spot node
         controller = actor.options(name="controller", scheduling_strategy=here).remote(
@@ -104,20 +111,19 @@ class Watch:
     def __init__(self, job: Job, controller: Any, table: LiveTable) -> None:
         self.job, self.controller, self.table = job, controller, table
         self.started = controller.start.remote()
-        self.told = 0.0  # when the last death was that has been told of
+        self.told = 0.0  # when the last death or notice was that has been told of
 
     def __call__(self) -> None:
         run = self.job.run
         status = read_json(run.folder / "status.json", {})
         validation = read_lines(run.validation)
         self.table.update(status, status.get("last_step") or None, validation[-1] if validation else None)
-        for death in status.get("deaths", []):
-            if death["time"] > self.told:
-                cause = f"probable cause: {death['cause']}; " if death["cause"] else ""
-                self.job.console.print(
-                    DEATH.format(**{**death, "cause": cause}), soft_wrap=True, markup=False, highlight=False
-                )
-                self.told = death["time"]
+        told = [(one["time"], _obituary(one)) for one in status.get("deaths", [])]
+        told += [(one["time"], one["message"]) for one in status.get("notices", [])]
+        for moment, line in sorted(told):
+            if moment > self.told:
+                self.job.console.print(line, soft_wrap=True, markup=False, highlight=False)
+                self.told = moment
         if status.get("state") == "FAILED":
             pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")
             raise RunError(f"stage 2 failed: {status['failure']}; the controller's log: {log_of(pid)}")
@@ -135,3 +141,8 @@ class Watch:
         except (ActorDiedError, RayTaskError) as error:
             raise RunError(f"stage 2 failed: {last_words(error)}") from None
         self.started = self.controller.start.remote()  # nothing to do, unless it was restarted meanwhile
+
+
+def _obituary(death: dict[str, Any]) -> str:
+    cause = f"probable cause: {death['cause']}; " if death["cause"] else ""
+    return DEATH.format(**{**death, "cause": cause})

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -19,10 +20,11 @@ import ray
 
 from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
+from rporec.engine.transfer import engine_gpus
 from rporec.engine.types import FIRST_VERSION, SamplingSpec, Version
 from rporec.engine.vllm import VllmEngine
 from rporec.engine.vllm_start import engine_environment
-from rporec.engine.weights import FlatWeights, unflatten
+from rporec.engine.weights import Described, FlatWeights, unflatten
 from rporec.rl.rollout_schema import GroupMeta, Lease, group_meta, rollout_batch
 
 CONCURRENT_CALLS = 4096
@@ -34,12 +36,11 @@ def rollout_options(config: EngineConfig, cuda: bool = False) -> dict[str, Any]:
     Placement goes by the logical resource `rollout`, not by CPUs. On CUDA a worker has as many GPUs
     as its engine spreads over. Ray never restarts it: its replacement is the controller's decision.
     """
-    spread = config.args.get("tensor_parallel_size", 1) * config.args.get("pipeline_parallel_size", 1)
     environment = engine_environment(config, "cuda" if cuda else "cpu") | {"PYTHONWARNINGS": "ignore"}
     return {
         "resources": {"rollout": 1},
         "num_cpus": 0,
-        "num_gpus": spread if cuda else 0,
+        "num_gpus": engine_gpus(config) if cuda else 0,
         "max_concurrency": CONCURRENT_CALLS,
         "max_restarts": 0,
         "runtime_env": {"env_vars": environment},
@@ -124,13 +125,27 @@ class RolloutWorker:
         Raises StaleWeights for a version of an earlier attempt; WeightsError, with nothing changed, for weights
         that are damaged or of another model.
         """
+        return await self._take(version, lambda: self._engine.update_weights(version, unflatten(flat)))
+
+    async def join(self, address: str, port: int, world: int) -> None:
+        """Enter the NCCL group of `world` ranks that the learner opens for this worker."""
+        assert isinstance(self._engine, VllmEngine)  # `choose_transfer` sees to it
+        await asyncio.wrap_future(self._engine.join(address, port, world))
+
+    async def receive_weights(self, version: Version, described: Sequence[Described]) -> float:
+        """As `update_weights`, from the group that was joined. An EngineError, and the engine's end, when it breaks."""
+        engine = self._engine
+        assert isinstance(engine, VllmEngine)
+        return await self._take(version, lambda: engine.receive_weights(version, described))
+
+    async def _take(self, version: Version, update: Callable[[], Future]) -> float:
         began = time.perf_counter()
         async with self._updating:  # so that two updates cannot both pass the check and then swap
             if version.attempt < self._engine.version.attempt:
                 raise StaleWeights(
                     f"rollout worker {self._name} has weights {self._engine.version}; {version} was undone"
                 )
-            await asyncio.wrap_future(self._engine.update_weights(version, unflatten(flat)))
+            await asyncio.wrap_future(update())
         return time.perf_counter() - began
 
     async def score_prompts(self, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:

@@ -210,12 +210,14 @@ class SimulatedReward(_Actor):
 
 
 class SimulatedStore:
-    """Versions without weights."""
+    """Versions without weights, each held `seconds` after it was put."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds = seconds
         self.held: list[Version] = []
 
     async def put(self, version: Version) -> None:
+        await asyncio.sleep(self.seconds)
         self.held = [*self.held[-1:], version]
 
     async def versions(self) -> list[Version]:
@@ -239,6 +241,7 @@ class SimulatedPlacement:
     reward_latency: Latency = Latency()
     start: float = 0.0  # seconds until a new worker answers
     seed: int = 0
+    put_seconds: float = 0.0  # until the store has a version
     alive: dict[str, _Actor] = field(default_factory=dict)
 
     def rollout(self, run: Run, config: Config, recipe: Any, name: str, place: int) -> Handle:
@@ -248,7 +251,7 @@ class SimulatedPlacement:
         return self._keep(SimulatedReward(name, self.start, self.reward_latency, self._rng()))
 
     def store(self) -> Handle:
-        return Handle(SimulatedStore())
+        return Handle(SimulatedStore(self.put_seconds))
 
     def put(self, value: pa.RecordBatch) -> Rows:
         return Rows(lambda: value)
@@ -329,7 +332,8 @@ async def learn(
     newest = checkpoints.newest(run)
     step = 0 if newest is None else int(newest.name.removeprefix("step_"))
     attempt = await controller.attach(0, 0, "simulated", step)
-    await controller.store.put.remote(Version(attempt, step))
+    stored = asyncio.ensure_future(controller.store.put.remote(Version(attempt, step)))
+    await stored
     await controller.attached()
     while True:
         began = loop.time()
@@ -343,12 +347,14 @@ async def learn(
         oldest = min(meta.oldest for meta in metas)
         seen(Consumed(step, [meta.group for meta in metas], oldest, batch.version.number, waited, trained))
         version = Version(attempt, step + 1)
-        await controller.store.put.remote(version)
+        await stored
+        stored = asyncio.ensure_future(controller.store.put.remote(version))
         seconds = {"wait": waited, "total": waited + trained}
         record = {"attempt": attempt, "step": step, "version": batch.version.number, "cpu_seconds": 0.0}
-        await controller.finished_step(step, version, {**record, "seconds": seconds})
+        await controller.finished_step(step, version, {**record, "seconds": seconds}, None, [stored])
         step += 1
         if step % config.checkpoint_every == 0 or step == config.steps:
+            await stored
             checkpoints.begin(run, step)
             await controller.commit(step, attempt)
 

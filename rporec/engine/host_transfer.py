@@ -2,7 +2,9 @@
 
 vLLM's own back ends (nccl, ipc, …) are CUDA only. This one goes through the same official calls
 (`start_weight_update`, `update_weights`, `finish_weight_update`) with tensors that already lie in
-host memory, as views of an object store for instance, on CPU and on CUDA. Workers import this
+host memory, as views of an object store for instance, on CPU and on CUDA. An engine has one back
+end for its life and always needs this one, for versions that no learner holds any more; so vLLM's
+NCCL back end works inside it, once a group with the learner has been made. Workers import this
 module through `worker_extension_cls` before they load the model, which registers the back end.
 """
 
@@ -38,12 +40,17 @@ class RegisterHostTransfer:
 
 @dataclass
 class HostInit(WeightTransferInitInfo):
-    pass
+    """`group`: the init info of vLLM's NCCL back end, to enter a group that the learner opens."""
+
+    group: dict[str, Any] | None = None
 
 
 @dataclass
 class HostUpdate(WeightTransferUpdateInfo):
+    """`tensors` that are here, or the update info of vLLM's NCCL back end for what is about to be broadcast."""
+
     tensors: Iterable[tuple[str, Any]] = field(default_factory=tuple)
+    broadcast: dict[str, Any] | None = None
 
 
 class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
@@ -52,9 +59,20 @@ class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
     init_info_cls = HostInit
     update_info_cls = HostUpdate
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._arguments = arguments
+        self._nccl: WeightTransferEngine | None = None
+
     def init_transfer_engine(self, init_info: HostInit) -> None:
         if _IN_PLACE:
             self._require_live_parameters()
+        if init_info.group is not None:
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+            self.shutdown()
+            self._nccl = NCCLWeightTransferEngine(*self._arguments)
+            self._nccl.init_transfer_engine(self._nccl.parse_init_info(init_info.group))
 
     def start_weight_update(self) -> None:
         if not _IN_PLACE:
@@ -63,7 +81,12 @@ class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: HostUpdate) -> None:
-        self.model.load_weights(update_info.tensors)
+        if update_info.broadcast is None:
+            self.model.load_weights(update_info.tensors)
+        elif self._nccl is None:
+            raise RuntimeError("a broadcast without a group: join one first")
+        else:
+            self._nccl.receive_weights(self._nccl.parse_update_info(update_info.broadcast))
 
     def finish_weight_update(self) -> None:
         if not _IN_PLACE:
@@ -72,7 +95,9 @@ class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
             finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        pass
+        if self._nccl is not None:
+            self._nccl.shutdown()
+            self._nccl = None
 
     def _require_live_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():

@@ -22,7 +22,7 @@ from rporec.engine.decoder import Decoder
 from rporec.engine.step_loop import StepLoop, last_words
 from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
 from rporec.engine.vllm_start import start_llm
-from rporec.engine.weights import check_fit, checkpoint_shapes
+from rporec.engine.weights import Described, check_fit, checkpoint_shapes
 
 
 @dataclass(eq=False)
@@ -87,8 +87,24 @@ class VllmEngine:
         WeightsError and change nothing; a failure half-way ends the engine, whose weights are then
         neither the old nor the new ones.
         """
-        pairs = list(tensors)
-        return self._loop.call(lambda: self._update(version, pairs))
+        pairs = [(name, _as_torch(tensor)) for name, tensor in tensors]
+        shapes = {name: tuple(tensor.shape) for name, tensor in pairs}
+        return self._loop.call(lambda: self._update(version, shapes, {"tensors": pairs}))
+
+    def join(self, address: str, port: int, world: int) -> Future[None]:
+        """Enter an NCCL group of `world` ranks, the learner's and one for each GPU of this engine.
+
+        Blocks the engine until all are there. A group that it was in before is left.
+        """
+        group = {"master_address": address, "master_port": port, "rank_offset": 1, "world_size": world}
+        return self._loop.call(lambda: self._llm.init_weight_transfer_engine({"init_info": {"group": group}}))
+
+    def receive_weights(self, version: Version, described: Sequence[Described]) -> Future[dict[str, Any]]:
+        """As `update_weights`, with the tensors that the learner broadcasts to the group, in that order."""
+        names, dtypes, shapes = zip(*described, strict=True)
+        broadcast = {"names": names, "dtype_names": dtypes, "shapes": shapes}
+        shape_of = dict(zip(names, shapes, strict=True))
+        return self._loop.call(lambda: self._update(version, shape_of, {"broadcast": broadcast}))
 
     def abort(self) -> Future[int]:
         return self._loop.call(self._abort)
@@ -161,14 +177,14 @@ class VllmEngine:
         self._fail_all(GenerationAborted(f"{self.name}: generation aborted on request"))
         return aborted
 
-    def _update(self, version: Version, tensors: list[tuple[str, Any]]) -> dict[str, Any]:
+    def _update(self, version: Version, shapes: dict[str, tuple[int, ...]], update: dict[str, Any]) -> dict[str, Any]:
+        """`update`: the fields of a `rporec.engine.host_transfer.HostUpdate`."""
         began = time.perf_counter()
         if self._expected:
-            check_fit({name: tuple(tensor.shape) for name, tensor in tensors}, self._expected)
-        pairs = [(name, _as_torch(tensor)) for name, tensor in tensors]
+            check_fit(shapes, self._expected)
         try:
             self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": {"tensors": pairs}})
+            self._llm.update_weights({"update_info": update})
             self._llm.finish_weight_update()
             # Without the reset of running requests their old keys and values stay, and every later
             # token is drawn from a distribution that neither weights define.

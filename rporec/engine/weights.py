@@ -26,6 +26,8 @@ _FIRST_BUFFER = 1 << 24
 _ITEM_SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _TIED_HEAD = "lm_head.weight"
 
+Described = tuple[str, str, tuple[int, ...]]  # (name, dtype, shape) of a tensor
+
 
 class WeightsError(ValueError):
     """Weights that are damaged or belong to another model; the message names the tensor."""

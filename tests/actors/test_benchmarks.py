@@ -102,3 +102,19 @@ def test_every_group_takes_the_ray_path() -> None:
     for groups, seconds in ray_path.measure((1, 5), steps=3).values():
         assert groups == 3 * ray_path.GROUPS
         assert seconds > 0
+
+
+@pytest.mark.engine
+@pytest.mark.cluster
+def test_weights_reach_two_engines() -> None:
+    """In a process of its own: the learner's environment must stand before torch is imported."""
+    script = "import json; from benchmarks.weights import *; print(json.dumps(run(SMALL, rounds=1, group_count=4)))"
+    small = repr(TinyConfig(hidden=64, heads=2, kv_heads=1, layers=1, intermediate=128))
+    script = f"from rporec.config import TinyConfig; SMALL = {small}; {script}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["ratios"]["parameters"] > 0
+    parts = {"step", "flatten", "checksum", "hand_over", "put", "bring_1", "bring_2"}
+    assert set(told["wall_seconds"]) == set(told["cpu_seconds"]) == parts
+    assert {"sync_share_of_step", "learner_share_of_step"} <= set(told["ratios"])

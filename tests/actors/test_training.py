@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from actors.debug import saved_groups
 from rporec.evaluation.ranking import ndcg
@@ -35,6 +36,7 @@ checkpoint_every: 3
 max_eval_samples: 60
 eval_samples: 2
 save_rollouts: true
+weight_transfer: nccl
 rl: {validate_every: 3, validate_samples: 32}
 """
 
@@ -107,6 +109,15 @@ def test_the_table_can_be_computed_again_from_the_ranks(trained: Watched) -> Non
             rows = ranks[(ranks.method == method) & (ranks.convention == convention)]
             of_samples = rows.assign(value=ndcg(rows["rank"].to_numpy(), 10)).groupby("sample").value.mean()
             assert of_samples.mean() == pytest.approx(entry["ndcg@10"], abs=1e-9)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with CUDA there may be nothing to fall back from")
+def test_nccl_without_cuda_falls_back_to_the_store_with_one_line(trained: Watched) -> None:
+    said = [line for line in trained.output.splitlines() if "NCCL" in line or "nccl" in line]
+    assert said == [
+        "weight_transfer: nccl is not possible, for this cluster has no CUDA; weights go by the object store"
+    ]
+    assert len(read_lines(trained.folder / "steps.jsonl")) == 6
 
 
 def test_learner_steps_are_asynchronous_and_within_the_staleness_bound(trained: Watched) -> None:
