@@ -200,8 +200,10 @@ class Controller:
     def _lease_freely(self) -> None:
         """To the worker that holds the fewest, as long as one has a free slot."""
         while free := [worker for worker in self.rollouts.alive if self._may_lease(worker)]:
-            if not self._lease(min(free, key=lambda worker: worker.running)):
+            worker = min(free, key=lambda worker: worker.running)
+            if (group := self.ledger.lease(worker.name)) is None:
                 break
+            self._hand_out(worker, [group])
 
     def _lease_together(self) -> None:
         """All that may be leased, in turn, once nothing is under way; each engine begins when it has its share."""
@@ -209,47 +211,55 @@ class Controller:
         ready = all(worker.settled == self.ledger.version and not worker.validating for worker in workers)
         if not workers or not ready or self.ledger.under_way:
             return
-        for worker in workers:
-            worker.actor.pause.remote()
+        shares: dict[str, list[Group]] = {worker.name: [] for worker in workers}
         for worker in itertools.cycle(workers):
-            if not self._lease(worker):
+            if (group := self.ledger.lease(worker.name)) is None:
                 break
+            shares[worker.name].append(group)
         for worker in workers:
-            self._spawn(self._resume(worker))
+            if share := shares[worker.name]:
+                self._hand_out(worker, share)
 
-    def _lease(self, worker: Worker) -> bool:
-        group = self.ledger.lease(worker.name)
-        if group is None:
-            return False
-        worker.running += 1
-        self._spawn(self._generate(worker, group))
-        return True
+    def _hand_out(self, worker: Worker, groups: list[Group]) -> None:
+        worker.running += len(groups)
+        self._spawn(self._generate(worker, groups))
 
-    async def _resume(self, worker: Worker) -> None:
-        worker.actor.resume.remote()  # a task, so that it comes after those of the leases
-
-    async def _generate(self, worker: Worker, group: Group) -> None:
-        (prompt,) = self.recipe.prompts([group.sample])
-        lease = Lease(group.id, group.sample, prompt, group.seed)
+    async def _generate(self, worker: Worker, groups: list[Group]) -> None:
+        """One group that joins whatever the engine is writing, or several that start together."""
         clock = asyncio.get_running_loop().time  # the loop's own: it may be simulated
         began = clock()
-        payload, meta = worker.actor.generate.remote(lease, self.recipe.rollout_spec(lease.seed))
         try:
-            described: GroupMeta = await self._answer(meta)
+            payloads, metas = await self._written_by(worker, groups)
         except (RayError, TimeoutError) as error:
             if _is_death(error):
                 self._lost(worker, error)
             else:
-                self._failed(group, error)
+                for group in groups:
+                    self._failed(group, error)
         else:
             self.in_a_row["rollout"] = 0
-            if generated := self.ledger.generated(group, payload, described):
-                self.journal.generated(described.tokens, clock() - began)
-                self.written.append(generated)
+            for group, payload, meta in zip(groups, payloads, metas, strict=True):
+                if isinstance(meta, BaseException):
+                    self._failed(group, meta)
+                elif generated := self.ledger.generated(group, payload, meta):
+                    self.journal.generated(meta.tokens, clock() - began)
+                    self.written.append(generated)
         finally:
-            worker.running -= 1
+            worker.running -= len(groups)
             self.wrote.set()
             self.room.set()
+
+    async def _written_by(self, worker: Worker, groups: list[Group]) -> tuple[list[Any], list[Any]]:
+        """References to the rows of each group; what each amounts to, or why it failed."""
+        prompts = self.recipe.prompts([group.sample for group in groups])
+        leases = [Lease(one.id, one.sample, prompt, one.seed) for one, prompt in zip(groups, prompts, strict=True)]
+        spec = self.recipe.rollout_spec(leases[0].seed)  # a worker takes the seed from the lease
+        if not self._on_policy:
+            payload, meta = worker.actor.generate.remote(leases[0], spec)
+            return [payload], [await self._answer(meta)]
+        together = worker.actor.generate_together.options(num_returns=len(groups) + 1)
+        *payloads, report = together.remote(leases, spec)
+        return payloads, await self._answer(report)
 
     async def _answer(self, reference: Any, patience: float | None = None) -> Any:
         """What a rollout worker says within `patience` seconds, or engine.timeout; TimeoutError when it hangs."""

@@ -21,7 +21,7 @@ import ray
 from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
 from rporec.engine.transfer import engine_gpus
-from rporec.engine.types import FIRST_VERSION, SamplingSpec, Version
+from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
 from rporec.engine.vllm import VllmEngine
 from rporec.engine.vllm_start import engine_environment
 from rporec.engine.weights import Described, FlatWeights, unflatten
@@ -85,10 +85,34 @@ class RolloutWorker:
         Raises ValueError for a prompt that does not fit, GenerationAborted after `abort_all`,
         EngineError when the engine has died.
         """
+        return self._rows(lease, await asyncio.wrap_future(self._submit(lease, spec)))
+
+    async def generate_together(self, leases: Sequence[Lease], spec: SamplingSpec) -> tuple[Any, ...]:
+        """Groups that start as one batch, in this order, whatever the network did: what the engine computes follows
+        from the leases alone. Ray keeps no order among the calls of an actor such as this.
+
+        Returns one value for each group, its rows or None, and last a list with what each amounts to, or the
+        exception that `generate` would have raised. Raises EngineError when the engine has died.
+        """
+        self._engine.pause()
+        futures = [asyncio.wrap_future(self._submit(lease, spec)) for lease in leases]
+        self._engine.resume()
+        batches: list[pa.RecordBatch | None] = []
+        metas: list[GroupMeta | BaseException] = []
+        for lease, done in zip(leases, await asyncio.gather(*futures, return_exceptions=True), strict=True):
+            if isinstance(done, EngineError) and not isinstance(done, GenerationAborted):
+                raise done
+            batch, meta = (None, done) if isinstance(done, BaseException) else self._rows(lease, done)
+            batches.append(batch)
+            metas.append(meta)
+        return (*batches, metas)
+
+    def _submit(self, lease: Lease, spec: SamplingSpec) -> Future[list[Generated]]:
+        return self._engine.submit(lease.prompt_ids.tolist(), replace(spec, seed=lease.seed))
+
+    def _rows(self, lease: Lease, generated: list[Generated]) -> tuple[pa.RecordBatch, GroupMeta]:
         from rporec.text.tokenizer import token_pieces
 
-        future = self._engine.submit(lease.prompt_ids.tolist(), replace(spec, seed=lease.seed))
-        generated = await asyncio.wrap_future(future)
         tokenizer = self._engine.decoder.tokenizer
         batch = rollout_batch(lease, generated, [token_pieces(tokenizer, one.token_ids.tolist()) for one in generated])
         return batch, group_meta(batch)
@@ -155,14 +179,6 @@ class RolloutWorker:
     async def abort_all(self) -> int:
         """Stop every generation; returns how many requests there were."""
         return await asyncio.wrap_future(self._engine.abort())
-
-    async def pause(self) -> None:
-        """Queue requests without starting them until `resume`: the engine then batches them the same way
-        whatever the network did."""
-        await asyncio.wrap_future(self._engine.pause())
-
-    async def resume(self) -> None:
-        await asyncio.wrap_future(self._engine.resume())
 
     async def status(self) -> dict[str, Any]:
         return {

@@ -174,6 +174,14 @@ class SimulatedRollout(_Actor):
 
         return rows, self.answer(seconds, finish)
 
+    def generate_together(self, leases: Sequence[Lease], spec: SamplingSpec) -> tuple[Any, ...]:
+        rows, metas = zip(*(self.generate(lease, spec) for lease in leases), strict=True)
+
+        async def all_of_them() -> list[GroupMeta]:
+            return [await meta for meta in metas]
+
+        return (*rows, all_of_them())
+
     def generate_many(self, prompts: Sequence[Any], spec: SamplingSpec) -> asyncio.Future:
         return self.answer(self.latency.draw(self.rng), lambda: [[{"text": ""}] for _ in prompts])
 
@@ -186,12 +194,6 @@ class SimulatedRollout(_Actor):
 
     def abort_all(self) -> asyncio.Future:
         return self.answer(0.0, lambda: 0)
-
-    def pause(self) -> asyncio.Future:
-        return self.answer(0.0, lambda: None)
-
-    def resume(self) -> asyncio.Future:
-        return self.answer(0.0, lambda: None)
 
 
 class SimulatedReward(_Actor):
