@@ -90,6 +90,11 @@ def core(index: int) -> int:
     return allowed[index % len(allowed)]
 
 
+def cores_beside(workers: int) -> list[int]:
+    """The cores that none of the first `workers` workers is pinned to."""
+    return sorted(os.sched_getaffinity(0))[workers:]
+
+
 def _cuda_torch() -> bool:
     """Whether this machine's torch could use the GPUs that Ray sees."""
     import torch

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import Cluster, cores
+from actors.cluster import Cluster, cores, cores_beside
 from actors.learner import fit
 from rporec.config import Config
 from rporec.models.trainable import learner_environment
@@ -37,8 +37,21 @@ class Job:
 
     def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
         """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""
+        return learner_environment(self.cluster.cuda, threads=self._threads(ranks, alone))
+
+    def learner_cores(self) -> list[int] | None:
+        """For the ranks of stage 2: where no rollout worker is pinned; None where there are too few such, or GPUs.
+
+        A rollout worker cannot move away from a learner that the system puts on its core.
+        """
+        if self.cluster.cuda or not self.cluster.local:
+            return None
+        ranks, free = self.config.learners, cores_beside(self.config.rollout_workers.max)
+        return free if len(free) >= ranks * self._threads(ranks, alone=False) else None
+
+    def _threads(self, ranks: int, alone: bool) -> int:
         sharing = ranks if alone else ranks + self.config.rollout_workers.min
-        return learner_environment(self.cluster.cuda, threads=max(1, cores() // sharing))
+        return max(1, cores() // sharing)
 
     def generators(self) -> int:
         """Workers for bulk generation, when no learner wants the cores: one each, up to the machine's."""

@@ -168,6 +168,9 @@ def rl_loop(spec: dict[str, Any]) -> None:
     """Consume groups as they come, publish new weights after every step."""
     run: Run = spec["run"]
     config: Config = spec["config"]
+    if spec["cores"] is not None:
+        # This thread computes, and the threads that torch starts from it inherit its mask.
+        os.sched_setaffinity(0, spec["cores"])
     import torch.distributed as dist
 
     controller = _controller()

@@ -86,7 +86,7 @@ def _train(job: Job, controller: Any) -> None:
             except RayActorError:
                 raise KeyboardInterrupt from None  # it is restarting: what it knows is in its checkpoint
 
-        spec = {"run": job.run, "config": config}
+        spec = {"run": job.run, "config": config, "cores": job.learner_cores()}
         try:
             job.fit(
                 rl_loop,
