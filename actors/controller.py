@@ -507,8 +507,10 @@ class Controller:
         for one in stored:
             self._spawn(self._stored(one))
         self.probed = (version, probed)
+        loads = self._mean_loads()
+        metrics = {**metrics, "loads": loads}
         self.journal.step(metrics, list(self.metas), self.ledger.counts()["DROPPED"], len(self.rewards.alive))
-        self._autoscale(metrics["seconds"])
+        self._autoscale(metrics["seconds"], loads)
         self.batches.pop(step - 1, None)
         self.step = step + 1
         self.ledger.published(version)
@@ -653,12 +655,16 @@ class Controller:
         else:
             await workers.retire(worker)
 
-    def _autoscale(self, seconds: dict[str, float]) -> None:
-        """Workers come and go with what waited in the learner step that took `seconds`."""
-        if not self.loads:
-            return
-        loads = {role: fmean(load[role] for load in self.loads) for role in self.loads[0]}
+    def _mean_loads(self) -> dict[str, float]:
+        """Of each role since the last learner step; {} when no heartbeat fell between."""
+        loads = {role: fmean(load[role] for load in self.loads) for role in (self.loads or [{}])[0]}
         self.loads.clear()
+        return loads
+
+    def _autoscale(self, seconds: dict[str, float], loads: dict[str, float]) -> None:
+        """Workers come and go with what waited in the learner step that took `seconds`."""
+        if not loads:
+            return
         self.scaler.observe(seconds["wait"] / max(seconds["total"], 1e-9), loads)
         for role, count in self.scaler.wanted({role: self._workers(role).wanted for role in loads}).items():
             if count != self._workers(role).wanted:
