@@ -20,7 +20,13 @@ from rporec.config import Config, ConfigError, load_config
 from rporec.run import STAGES, Run
 
 # Names of `rporec bench`, and their modules in `benchmarks/`.
-BENCHMARKS = {"control-plane": "control_plane", "packing": "packing", "reward": "reward", "weights": "weights"}
+BENCHMARKS = {
+    "async": "async_training",
+    "control-plane": "control_plane",
+    "packing": "packing",
+    "reward": "reward",
+    "weights": "weights",
+}
 
 if TYPE_CHECKING:
     from rich.console import Console

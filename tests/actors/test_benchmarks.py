@@ -6,12 +6,13 @@ import importlib
 import json
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from actors.simulated import Latency
-from benchmarks import control_plane, packing, ray_path
+from benchmarks import async_training, control_plane, packing, ray_path
 from benchmarks.result import result
 from benchmarks.rounds import in_turns
 from rporec.cli import BENCHMARKS
@@ -118,3 +119,46 @@ def test_weights_reach_two_engines() -> None:
     parts = {"step", "flatten", "checksum", "hand_over", "put", "bring_1", "bring_2"}
     assert set(told["wall_seconds"]) == set(told["cpu_seconds"]) == parts
     assert {"sync_share_of_step", "learner_share_of_step"} <= set(told["ratios"])
+
+
+def a_step(wait: float, total: float, reward: float, load: float | None = None) -> dict[str, Any]:
+    return {
+        "seconds": {"wait": wait, "total": total},
+        "reward_mean": reward,
+        "reward_worker_busy": 0.02,
+        "loads": {} if load is None else {"rollout": load, "reward": 0.1},
+        "dropped": {"stale": 4},
+    }
+
+
+def test_asynchrony_is_held_against_the_longer_of_both_times() -> None:
+    """2 s of rollouts and 3 s of learner: 5 s in turn, 3 s at best, and here 3.2 s, of which 0.4 s waiting."""
+    steps = range(12)
+    first = [a_step(50.0, 90.0, 0.0)] * async_training.WARMING  # warming up counts for nothing
+    last = [a_step(0.0, 70.0, 0.5)]  # nor the step that nothing overlaps
+    in_turn = [*first, *(a_step(2.0, 5.0, 0.5) for _ in steps), *last]
+    overlapped = [
+        *first,
+        *(a_step(0.4, 3.2, 0.52, 1.5) if step % 2 else a_step(0.4, 3.2, 0.48, 0.6) for step in steps),
+        *last,
+    ]
+    told = async_training.compare([in_turn, in_turn], [overlapped, overlapped])
+    assert told["async_over_sync"] == pytest.approx(5.0 / 3.2, abs=1e-3)
+    assert told["possible"] == pytest.approx(5.0 / 3.0, abs=1e-3)
+    assert told["share_of_possible"] == pytest.approx(3.0 / 3.2, abs=1e-3)
+    assert told["rollout_over_learner"] == pytest.approx(2 / 3, abs=1e-3)
+    assert told["learner_idle"] == pytest.approx(0.125)
+    assert told["rollout_idle"] == pytest.approx(0.2), "what queues for a slot does not make others busier"
+    assert told["reward_share"] == pytest.approx(0.1 / 1.9, abs=1e-4)
+    assert told["dropped_stale"] == pytest.approx(4 / (4 + len(overlapped) * 48), abs=1e-4)
+    assert told["reward_sync"] == 0.5
+    low, high = told["reward_difference_ci"]
+    assert low < told["reward_difference"] < high
+    assert high - low == pytest.approx(2 * 2.776 * 0.02 / 5**0.5, abs=2e-4)  # 4 degrees of freedom
+
+
+def test_a_lower_reward_shows_in_the_interval() -> None:
+    sync = [a_step(1.0, 2.0, 0.5 + 0.01 * (step % 3)) for step in range(30)]
+    worse = [a_step(1.0, 2.0, 0.4 + 0.01 * (step % 2)) for step in range(30)]
+    low, high = async_training.reward_interval([sync], [worse])
+    assert low < high < 0
