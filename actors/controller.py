@@ -92,6 +92,7 @@ class Controller:
         self.written: list[Group] = []  # to be scored
         self.suspects: set[int] = set()  # groups to be scored alone: a batch with them has failed
         self.idle_rewards: asyncio.Queue[Worker] = asyncio.Queue()
+        self.cleared: Version | None = None  # validated if it was due
         self.batches: dict[int, asyncio.Future[Batch | None]] = {}
         self.metas: deque[GroupMeta] = deque(maxlen=config.groups_per_step)  # of the newest learner step
         self.in_a_row = Counter[str]()  # "poisoned", "flat" groups and lost workers by role, since one that was not
@@ -182,6 +183,8 @@ class Controller:
                     validation = self._spawn(self._validate(version))
                     if self._on_policy:
                         await asyncio.wait([validation])
+                self.cleared = version
+                self.room.set()
             if stored or (self.broadcasts.serving and not self._on_policy):
                 for worker in self.rollouts.alive:
                     if worker.settled != version:
@@ -208,7 +211,8 @@ class Controller:
     def _lease_together(self) -> None:
         """All that may be leased, in turn, once nothing is under way; each engine begins when it has its share."""
         workers = sorted(self.rollouts.alive, key=lambda worker: worker.place)
-        ready = all(worker.settled == self.ledger.version and not worker.validating for worker in workers)
+        version = self.ledger.version
+        ready = self.cleared == version and all(worker.settled == version for worker in workers)
         if not workers or not ready or self.ledger.under_way:
             return
         shares: dict[str, list[Group]] = {worker.name: [] for worker in workers}
