@@ -25,11 +25,11 @@ from ray.util import ActorPool
 from rich.console import Console
 
 from actors.cluster import last_words
-from actors.controller import REWARD_BATCH
 from actors.job import Job
 from actors.launch import on_cluster
 from actors.learner import step_record
 from actors.placement import RayPlacement
+from actors.scoring import REWARD_BATCH
 from rporec.config import Config, ConfigError
 from rporec.data.folder import check_free, new_folder
 from rporec.engine.types import EngineError, Version

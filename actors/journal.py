@@ -104,6 +104,15 @@ class Journal:
         """What was last written; {} before the first time."""
         return read_json(self.run.folder / "status.json", {})
 
+    def remember(self) -> dict[str, Any]:
+        """Ray has restarted the controller after its process died: what was told must not be told again."""
+        earlier = self.status()
+        self.deaths.extend(earlier.get("deaths", []))
+        me = next((actor for actor in earlier.get("actors", []) if actor["role"] == "controller"), None)
+        if me is not None:
+            self.died("controller", "controller", me["pid"], me["node"], "its process ended")
+        return earlier
+
     def write_status(self, status: dict[str, Any]) -> None:
         write_json(self.run.folder / "status.json", status)
 

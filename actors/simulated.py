@@ -18,7 +18,8 @@ import pyarrow as pa
 from ray.exceptions import ActorDiedError
 
 from actors import checkpoints
-from actors.controller import Batch, Controller
+from actors.controller import Controller
+from actors.steps import Batch
 from rporec.config import Config
 from rporec.engine.types import FIRST_VERSION, Generated, SamplingSpec, Version
 from rporec.rl.rollout_schema import GroupMeta, Lease, rollout_batch
@@ -345,7 +346,7 @@ async def learn(
         waited = loop.time() - began
         trained = latency.draw(rng)
         await asyncio.sleep(trained)
-        metas = list(controller.metas)
+        metas = list(controller.steps.metas)
         oldest = min(meta.oldest for meta in metas)
         seen(Consumed(step, [meta.group for meta in metas], oldest, batch.version.number, waited, trained))
         version = Version(attempt, step + 1)

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.cluster import last_words
-from rporec.engine.types import FIRST_VERSION, EngineError, Version
+from rporec.engine.types import FIRST_VERSION, EngineError, GenerationAborted, Version
 
 RETIREMENT_POLL = 0.1  # seconds
 
@@ -129,3 +129,18 @@ class Workers:
             {"role": self.role, "name": one.name, "node": one.node, "pid": one.pid, "state": one.state}
             for one in self._members
         ]
+
+
+async def answer(reference: Any, seconds: float) -> Any:
+    """What a rollout worker says within `seconds`; TimeoutError when it hangs."""
+    try:
+        return await asyncio.wait_for(reference, seconds)
+    except TimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s (engine.timeout, or less for weights)") from None
+
+
+def is_death(error: BaseException) -> bool:
+    """Whether the worker is gone, or its engine in it: a task error is else the fault of what it was given."""
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, EngineError) and not isinstance(error.cause, GenerationAborted)
+    return True

@@ -71,7 +71,7 @@ class Measured:
             if beside is not None:
                 beside.cancel()
             self.busy = [one.busy for one in self.placement.alive.values() if isinstance(one, SimulatedRollout)]
-            self.queued = controller.ledger.counts()["PENDING"] + len(controller.written)
+            self.queued = controller.ledger.counts()["PENDING"] + len(controller.scoring.written)
             await controller.stop()
         return self
 

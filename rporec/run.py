@@ -163,7 +163,7 @@ def read_config(path: Path) -> Config:
 
 
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.
-_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "learners", "checkpoint_every"}
+_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "learners", "checkpoint_every", "weight_transfer"}
 
 
 def contradiction(held: Config, wanted: Config) -> str | None:

@@ -148,7 +148,7 @@ def test_the_open_question_of_a_dead_learner_takes_no_order_along(tmp_path: Path
         alive = asyncio.create_task(controller.next_order(1, None))
         await asyncio.sleep(0)
         worker = controller.rollouts.alive[0]
-        bringing = asyncio.create_task(controller.broadcasts.bring(worker, Version(1, 0)))
+        bringing = asyncio.create_task(controller.weights.broadcasts.bring(worker, Version(1, 0)))
         order = await alive
         assert order is not None
         assert (order.worker, order.version) == (worker.name, Version(1, 0))

@@ -44,7 +44,7 @@ class Simulation:
             await self.controller.stop()
             return self.controller._status()
         await asyncio.wait([learning], timeout=time)
-        for task in (learning, self.controller.main, *self.controller.tasks):
+        for task in (learning, self.controller.main, *self.controller.training.tasks):
             if task is not None:
                 task.cancel()
         await asyncio.sleep(0)
@@ -224,7 +224,7 @@ def test_slow_rewards_get_more_reward_workers_until_the_learner_no_longer_starve
         async def watch() -> None:
             while True:
                 for role in most:
-                    most[role] = max(most[role], simulation.controller._workers(role).wanted)
+                    most[role] = max(most[role], simulation.controller.staff.of(role).wanted)
                 await asyncio.sleep(0.5)
 
         watching = asyncio.create_task(watch())

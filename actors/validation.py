@@ -1,0 +1,97 @@
+"""Validation: greedy text of one version, ranked by the head; the best version is kept."""
+
+from __future__ import annotations
+
+import asyncio
+
+from ray.exceptions import RayError
+
+from actors.staff import Staff
+from actors.training import Training
+from actors.weights import Weights
+from actors.workers import answer, is_death
+from rporec.engine.types import GenerationAborted, Version
+
+
+class Validation:
+    """Validates versions, one after the other: each is compared with the best so far."""
+
+    def __init__(self, training: Training, staff: Staff, weights: Weights) -> None:
+        self.training, self.staff, self.weights = training, staff, weights
+        self.config = training.config
+        self.under_way: set[asyncio.Task] = set()
+        self._one_at_a_time = asyncio.Lock()
+
+    def due(self, number: int) -> bool:
+        """Every so many versions, but for one that two others wait before: each holds its weights until then."""
+        every = number % self.config.rl.validate_every == 0
+        return number == self.config.steps or (every and len(self.under_way) < 2)
+
+    async def begin(self, version: Version) -> asyncio.Task:
+        """Validate a version that the store has, beside the loop."""
+        await self.training.store.pin.remote(version)  # until it is validated, however many follow it
+        task = self.training.spawn(self._validate(version))
+        self.under_way.add(task)
+        task.add_done_callback(self.under_way.discard)
+        return task
+
+    async def _validate(self, version: Version) -> None:
+        """Greedy text for the fixed validation samples under one pinned version, ranked by the head."""
+        journal, store = self.training.journal, self.training.store
+        async with self._one_at_a_time:
+            try:
+                texts = await self._greedy(version)
+                result = None if texts is None else await self._ranked(texts)
+                if result is None or self._undone(version):
+                    return
+                record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
+                if journal.validated(record):
+                    best, model = self.training.run.best_model, self.training.recipe.model
+                    await store.save.remote(version, str(best), str(model))
+                    journal.saved_best(record)
+            finally:
+                await store.unpin.remote(version)
+
+    async def _greedy(self, version: Version) -> list[str] | None:
+        """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
+        _, prompts, spec = self.training.recipe.validation
+        while not self._undone(version):
+            if not self.staff.rollouts.alive:
+                await asyncio.sleep(1.0)
+                continue
+            worker = self.staff.rollouts.alive[0]
+            async with worker.weights:
+                worker.validating = True
+                try:
+                    if not self._undone(version) and await self.weights.load(worker, version):
+                        writing = worker.actor.generate_many.remote(prompts, spec)
+                        rows = await answer(writing, self.config.engine.timeout)
+                        return [row[0]["text"] for row in rows]
+                except (RayError, TimeoutError) as error:
+                    if is_death(error):
+                        self.staff.lost(worker, error)
+                    elif not isinstance(error, GenerationAborted):
+                        raise
+                finally:
+                    worker.validating = False
+                    self.training.spawn(self.weights.sync(worker))  # newer versions may have waited behind this one
+                    self.training.room.set()
+        return None
+
+    async def _ranked(self, texts: list[str]) -> dict[str, float]:
+        samples, _, _ = self.training.recipe.validation
+        while True:
+            worker = await self.staff.idle_reward()
+            worker.running = 1  # one that is to leave finishes this too
+            try:
+                return await asyncio.wait_for(worker.actor.validate.remote(samples, texts), self.config.reward.timeout)
+            except (RayError, TimeoutError) as error:
+                if not isinstance(error, TimeoutError) and not is_death(error):
+                    raise
+                self.staff.lost(worker, error)
+            finally:
+                worker.running = 0
+                self.staff.idle_rewards.put_nowait(worker)
+
+    def _undone(self, version: Version) -> bool:
+        return version.attempt != self.training.ledger.version.attempt

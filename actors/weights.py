@@ -1,0 +1,77 @@
+"""The weights of rollout workers: the newest version enters each of them, from the learner or from the store."""
+
+from __future__ import annotations
+
+import numpy as np
+from ray.exceptions import RayError
+
+from actors.broadcast import Broadcasts
+from actors.staff import Staff
+from actors.training import Training
+from actors.workers import Worker, answer, is_death
+from rporec.engine.types import GenerationAborted, Version
+
+
+class Weights:
+    """Brings versions into rollout workers; `probed` is what the learner said of the probes under the newest."""
+
+    def __init__(self, training: Training, staff: Staff) -> None:
+        self.training, self.staff = training, staff
+        self.ledger, self.timeout = training.ledger, training.config.engine.timeout
+        self.broadcasts = Broadcasts(staff.rollouts, training.journal.notice)
+        self.probed: tuple[Version, np.ndarray | None] = (self.ledger.version, None)
+
+    async def sync(self, worker: Worker) -> None:
+        """The newest weights enter between two decode steps; running generations go on under them."""
+        async with worker.weights:
+            newest = self.ledger.version  # read now: a newer one may have come while this waited
+            if worker.state != "ALIVE" or worker.settled == newest:
+                return
+            if await self.load(worker, newest):
+                await self._probe(worker)
+                worker.settled = newest
+                self.training.room.set()
+
+    async def load(self, worker: Worker, version: Version) -> bool:
+        """Bring a version into a worker; False when it died of that, or the store has yet to take the version."""
+        if worker.version == version:
+            return True
+        store = self.training.store
+        try:
+            newest = version == self.ledger.version  # the learner holds no other
+            if not (newest and await self.broadcasts.bring(worker, version)):
+                if version not in await store.versions.remote():
+                    return False
+                stored = await store.get.remote(version)
+                patience = self.broadcasts.patience or self.timeout
+                await answer(worker.actor.update_weights.remote(version, stored), patience)
+        except (RayError, TimeoutError) as error:
+            if not is_death(error):
+                raise
+            self.staff.lost(worker, error)
+            return False
+        worker.version = version
+        self.training.room.set()
+        return True
+
+    async def abort(self, worker: Worker) -> None:
+        """Stop what runs under weights that are undone."""
+        try:
+            await answer(worker.actor.abort_all.remote(), self.timeout)
+        except (RayError, TimeoutError) as error:
+            self.staff.lost(worker, error)
+
+    async def _probe(self, worker: Worker) -> None:
+        """What the engine says of the probes under its new weights, against what the learner said of them."""
+        version, expected = self.probed
+        if expected is None or worker.version != version:
+            return
+        try:
+            scored = await answer(worker.actor.score_prompts.remote(self.training.recipe.probes), self.timeout)
+        except (RayError, TimeoutError) as error:
+            if is_death(error):
+                self.staff.lost(worker, error)
+            elif not isinstance(error, GenerationAborted):
+                raise
+        else:
+            self.training.journal.probed(np.abs(np.concatenate(scored) - expected))
