@@ -133,13 +133,15 @@ class Controller:
         while True:
             await signal(self.weights_due)
             version = self.ledger.version
-            stored = version in await self.store.versions.remote()
+            held = [one for one in await self.store.versions.remote() if one.attempt == version.attempt]
+            stored = version in held
             if stored and version != seen:
+                for one in held:  # a slow store may have taken two since the last time
+                    if (seen is None or one > seen) and one <= version and self.validation.due(one.number):
+                        validation = await self.validation.begin(one)
+                        if self.training.on_policy:
+                            await asyncio.wait([validation])
                 seen = version
-                if self.validation.due(version.number):
-                    validation = await self.validation.begin(version)
-                    if self.training.on_policy:
-                        await asyncio.wait([validation])
                 self.leases.cleared = version
                 self.training.room.set()
             if stored or (self.weights.broadcasts.serving and not self.training.on_policy):
@@ -173,6 +175,11 @@ class Controller:
         """
         await self.start()  # Ray has restarted this actor, or the launcher's call is under way
         self._check()
+        try:
+            await self.store.versions.remote()
+        except RayError as error:  # the rank would die of it again and again
+            self._fail(error)
+            self._check()
         again = self.ranks.attach(rank, pid, node)
         if rank == 0 and (again or committed != self.steps.next):
             await self.training.forget_lost()  # a node may have gone with the learner
@@ -185,8 +192,10 @@ class Controller:
         if isinstance(error, ConfigError):
             self._fail(error)
 
-    async def attached(self) -> None:
-        """Rank 0 has published the weights that it started from."""
+    async def attached(self, version: Version, probed: np.ndarray | None = None) -> None:
+        """Rank 0 has published the weights that it started from; `probed` as in `finished_step`."""
+        self._check(version.attempt)
+        self.weights.probed = (version, probed)
         self.weights_due.set()
 
     async def next_batch(self, step: int, attempt: int) -> Batch | None:
@@ -281,6 +290,7 @@ class Controller:
         self.weights.broadcasts.end(attempt - 1)
         self.ledger.rollback(Version(attempt, committed), committed)
         self.steps.rollback(committed)
+        self.scoring.forget_undone()
         for worker in self.rollouts.alive:
             self.training.spawn(self.weights.abort(worker))
         self.journal.cut(committed)

@@ -249,9 +249,10 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         return version
 
     publish(step)
+    probed = learner.probe(probes)
     if rank == 0:
         ray.get(stored)
-        ray.get(controller.attached.remote())
+        ray.get(controller.attached.remote(Version(attempt, step), probed))
     started_at = time.process_time()
     committed = step
     clock = learner.start_step()

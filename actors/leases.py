@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from typing import Any
 
 from ray.exceptions import RayError
@@ -95,7 +96,7 @@ class Leases:
         prompts = self.recipe.prompts([group.sample for group in groups])
         leases = [Lease(one.id, one.sample, prompt, one.seed) for one, prompt in zip(groups, prompts, strict=True)]
         spec = self.recipe.rollout_spec(leases[0].seed)  # a worker takes the seed from the lease
-        patience = self.training.config.engine.timeout
+        patience = self.training.config.engine.timeout * math.ceil(len(groups) / worker.slots)
         if not self.training.on_policy:
             payload, meta = worker.actor.generate.remote(leases[0], spec)
             return [payload], [await answer(meta, patience)]

@@ -95,8 +95,10 @@ class RolloutWorker:
         exception that `generate` would have raised. Raises EngineError when the engine has died.
         """
         self._engine.pause()
-        futures = [asyncio.wrap_future(self._submit(lease, spec)) for lease in leases]
-        self._engine.resume()
+        try:
+            futures = [asyncio.wrap_future(self._submit(lease, spec)) for lease in leases]
+        finally:
+            self._engine.resume()
         batches: list[pa.RecordBatch | None] = []
         metas: list[GroupMeta | BaseException] = []
         for lease, done in zip(leases, await asyncio.gather(*futures, return_exceptions=True), strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from ray.exceptions import RayError
+from ray.exceptions import ObjectLostError, RayError
 
 from actors.staff import Staff
 from actors.training import Training
@@ -70,6 +70,9 @@ class Scoring:
             error = TimeoutError(f"no answer within reward.timeout: {self.config.reward.timeout:g} s")
         if gone := isinstance(error, TimeoutError) or is_death(error):
             self.staff.lost(worker, error)
+        if isinstance(getattr(error, "cause", None), ObjectLostError):
+            self.training.spawn(self._without_lost(groups))
+            return
         if len(groups) == 1 and (not gone or groups[0].id in self._suspects):
             after = self.training.failed(groups[0], error)
             if after is not None and after.state == "DROPPED":
@@ -78,6 +81,17 @@ class Scoring:
         self._suspects.update(group.id for group in groups)
         self.written += groups
         self.wrote.set()
+
+    async def _without_lost(self, groups: list[Group]) -> None:
+        """Score again those whose rows are still there; the others are written anew, which costs no try."""
+        await self.training.forget_lost()
+        self.written += groups
+        self.forget_undone()
+        self.wrote.set()
+
+    def forget_undone(self) -> None:
+        """Leave out what the ledger has taken back since it was written."""
+        self.written = [group for group in self.written if self.ledger.group(group.id) is group]
 
     def _judged(self, group: Group, meta: GroupMeta) -> None:
         in_a_row = self.training.in_a_row

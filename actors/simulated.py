@@ -226,8 +226,8 @@ class SimulatedStore:
     async def versions(self) -> list[Version]:
         return self.held
 
-    async def get(self, version: Version) -> None:
-        return None
+    async def get(self, version: Version) -> Version:
+        return version
 
     async def pin(self, version: Version) -> None: ...
 
@@ -245,10 +245,11 @@ class SimulatedPlacement:
     start: float = 0.0  # seconds until a new worker answers
     seed: int = 0
     put_seconds: float = 0.0  # until the store has a version
+    rollout_kind: type[SimulatedRollout] = SimulatedRollout
     alive: dict[str, _Actor] = field(default_factory=dict)
 
     def rollout(self, run: Run, config: Config, recipe: Any, name: str, place: int) -> Handle:
-        return self._keep(SimulatedRollout(name, self.start, self.rollout_latency, self._rng(), config.group_size))
+        return self._keep(self.rollout_kind(name, self.start, self.rollout_latency, self._rng(), config.group_size))
 
     def reward(self, run: Run, config: Config, name: str) -> Handle:
         return self._keep(SimulatedReward(name, self.start, self.reward_latency, self._rng()))
@@ -337,7 +338,7 @@ async def learn(
     attempt = await controller.attach(0, 0, "simulated", step)
     stored = asyncio.ensure_future(controller.store.put.remote(Version(attempt, step)))
     await stored
-    await controller.attached()
+    await controller.attached(Version(attempt, step))
     while True:
         began = loop.time()
         batch: Batch | None = await controller.next_batch(step, attempt)

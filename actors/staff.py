@@ -131,8 +131,8 @@ class Staff:
         """A new worker in the place of a dead one, tried for ever while others live; else the run ends."""
         for tries in itertools.count(1):
             await asyncio.sleep(REPLACEMENT_PAUSES[min(tries, len(REPLACEMENT_PAUSES)) - 1])
-            if place >= workers.wanted:
-                return  # scaled down meanwhile
+            if place >= workers.wanted or place in {worker.place for worker in workers.left}:
+                return  # scaled down meanwhile, or down and up again
             try:
                 return await self._add(workers, place)
             except EngineError as error:

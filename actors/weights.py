@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.broadcast import Broadcasts
 from actors.staff import Staff
@@ -19,7 +21,7 @@ class Weights:
         self.training, self.staff = training, staff
         self.ledger, self.timeout = training.ledger, training.config.engine.timeout
         self.broadcasts = Broadcasts(staff.rollouts, training.journal.notice)
-        self.probed: tuple[Version, np.ndarray | None] = (self.ledger.version, None)
+        self.probed: tuple[Version | None, np.ndarray | None] = (None, None)
 
     async def sync(self, worker: Worker) -> None:
         """The newest weights enter between two decode steps; running generations go on under them."""
@@ -27,31 +29,45 @@ class Weights:
             newest = self.ledger.version  # read now: a newer one may have come while this waited
             if worker.state != "ALIVE" or worker.settled == newest:
                 return
-            if await self.load(worker, newest):
+            if await self.load(worker, newest) and self.probed[0] == newest:
                 await self._probe(worker)
                 worker.settled = newest
                 self.training.room.set()
 
     async def load(self, worker: Worker, version: Version) -> bool:
-        """Bring a version into a worker; False when it died of that, or the store has yet to take the version."""
+        """Bring a version into a worker; False when it died of that, or the store does not have the version."""
         if worker.version == version:
             return True
+        worker.settled = None  # whatever version that was: it is to come back to the newest
+        newest = version == self.ledger.version  # the learner holds no other
+        if not (newest and await self.broadcasts.bring(worker, version)):
+            stored = await self._stored(version)
+            if stored is None or not await self._taken(worker, version, stored):
+                return False
+        worker.version = version
+        self.training.room.set()
+        return True
+
+    async def _stored(self, version: Version) -> Any:
+        """Its reference; None while the store has yet to take it, or when newer ones have taken its place."""
         store = self.training.store
+        if version not in await store.versions.remote():
+            return None
         try:
-            newest = version == self.ledger.version  # the learner holds no other
-            if not (newest and await self.broadcasts.bring(worker, version)):
-                if version not in await store.versions.remote():
-                    return False
-                stored = await store.get.remote(version)
-                patience = self.broadcasts.patience or self.timeout
-                await answer(worker.actor.update_weights.remote(version, stored), patience)
+            return await store.get.remote(version)
+        except RayTaskError as error:
+            if not isinstance(error.cause, KeyError):
+                raise
+            return None
+
+    async def _taken(self, worker: Worker, version: Version, stored: Any) -> bool:
+        try:
+            await answer(worker.actor.update_weights.remote(version, stored), self.broadcasts.patience or self.timeout)
         except (RayError, TimeoutError) as error:
             if not is_death(error):
                 raise
             self.staff.lost(worker, error)
             return False
-        worker.version = version
-        self.training.room.set()
         return True
 
     async def abort(self, worker: Worker) -> None:

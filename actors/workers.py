@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from actors.cluster import last_words
 from rporec.engine.types import FIRST_VERSION, EngineError, GenerationAborted, Version
@@ -82,7 +82,7 @@ class Workers:
         self._members.append(worker)
         try:
             status = await worker.actor.status.remote()
-        except RayActorError as error:
+        except RayError as error:
             if worker.state == "STARTING":
                 self._members.remove(worker)
             raise EngineError(f"{name} did not start: {last_words(error)}") from None
@@ -92,6 +92,8 @@ class Workers:
 
     async def retire(self, worker: Worker) -> None:
         """Let one finish what it holds, then end it."""
+        if worker.state != "ALIVE":
+            return  # it died meanwhile
         worker.state = "LEAVING"
         while worker.running and worker.state == "LEAVING":
             await asyncio.sleep(RETIREMENT_POLL)

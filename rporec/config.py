@@ -230,7 +230,7 @@ class Config(Section):
     max_eval_samples: int | None = Field(None, ge=1)  # of validation and of test, newest first; None: all
     more_warmup: bool = False  # control: spend RL's CPU seconds on more warm-up steps and evaluate that too
     eval_samples: int = Field(4, ge=0)  # completions a test user for the `_sampled` rows; 0: no such rows
-    weight_transfer: Literal["auto", "store", "nccl"] = "auto"  # auto: nccl between GPUs, else the object store
+    weight_transfer: Literal["auto", "store", "nccl"] = "store"  # auto: nccl between GPUs, else the object store
     save_rollouts: bool = False  # keep what every learner step consumed, to look at or to train on again
 
     @property

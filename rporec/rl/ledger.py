@@ -197,8 +197,8 @@ class Ledger:
         A CONSUMED group stays consumed; should a rollback undo its step, it returns to PENDING.
         """
         current = self._current(group, "GENERATED", "SCORED", "READY", "CONSUMED")
-        if current is None:
-            return None
+        if current is None or (group.payload is not None and group.payload is not current.payload):
+            return None  # late, or it has other rows by now
         if current.state == "CONSUMED":
             return self._move(current, "CONSUMED", payload=None)
         return self._return(current, "payload_lost")

@@ -11,7 +11,15 @@ import pytest
 
 from actors import checkpoints
 from actors.controller import Controller
-from actors.simulated import Consumed, Latency, SimulatedPlacement, SimulatedRecipe, learn, on_virtual_clock
+from actors.simulated import (
+    Consumed,
+    Latency,
+    SimulatedPlacement,
+    SimulatedRecipe,
+    SimulatedRollout,
+    learn,
+    on_virtual_clock,
+)
 from rporec.config import Config, parse_config
 from rporec.files import read_json, read_lines
 from rporec.run import Run
@@ -294,3 +302,42 @@ def test_a_prompt_that_kills_engines_ends_the_run_with_its_reason(tmp_path: Path
         assert simulation.controller.state == "FAILED"
 
     on_virtual_clock(work())
+
+
+def test_a_late_validation_leaves_no_worker_behind(tmp_path: Path) -> None:
+    """It puts an older version into a worker that has the newest: that one must come back, or nobody samples."""
+
+    async def work() -> None:
+        settings = config(steps=40, rollout_workers=1, reward_workers=1, rl={"validate_every": 2})
+        simulation = Simulation(tmp_path, settings, rollout_latency=Latency(0.1), reward_latency=Latency(1.0))
+        status = await asyncio.wait_for(simulation.until(learner=0.5), 10_000.0)
+        assert_whole(status, 40, 8)
+        validated = [record["version"] for record in read_lines(tmp_path / "validation.jsonl")]
+        assert len(validated) > 5
+
+    on_virtual_clock(work())
+
+
+def test_on_policy_groups_wait_for_the_validation_of_their_version(tmp_path: Path) -> None:
+    """Else both share a batch, whose rounding then depends on the moment."""
+    open_validations, started = [0], [0]
+
+    class Watched(SimulatedRollout):
+        def generate_many(self, prompts: Any, spec: Any) -> Any:
+            open_validations[0] += 1
+            writing = super().generate_many(prompts, spec)
+            writing.add_done_callback(lambda _: open_validations.__setitem__(0, open_validations[0] - 1))
+            return writing
+
+        def generate_together(self, leases: Any, spec: Any) -> Any:
+            assert open_validations[0] == 0
+            started[0] += 1
+            return super().generate_together(leases, spec)
+
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(max_staleness=0, rl={"validate_every": 1}))
+        simulation.placement.rollout_kind = Watched
+        assert_whole(await simulation.until(), 12, 8)
+
+    on_virtual_clock(work())
+    assert started[0] >= 12

@@ -82,7 +82,9 @@ def test_the_weight_store_takes_the_controller_with_it_and_both_come_back(stage2
     recovery(run, time.time(), "controller")
     status = run.finish()
     assert_whole(run, status)
-    assert "weight store" in [death["role"] for death in status["deaths"]]
+    assert (
+        {"weight store"} <= {death["role"] for death in status["deaths"]} <= {"weight store", "controller", "learner"}
+    )
 
 
 def test_a_reward_worker_that_hangs_is_timed_out(stage2) -> None:

@@ -12,7 +12,18 @@ from live_run import STEPS, LiveRun, assert_whole
 pytestmark = pytest.mark.chaos
 
 # What follows from the seed. Times and paths do not.
-SAME = ("version", "reward_mean", "reward_parts", "loss", "kl", "entropy", "grad_norm", "tokens", "engine_mismatch")
+SAME = (
+    "version",
+    "reward_mean",
+    "reward_parts",
+    "loss",
+    "kl",
+    "entropy",
+    "grad_norm",
+    "tokens",
+    "engine_mismatch",
+    "probe_mismatch",
+)
 
 
 def history(run: LiveRun) -> list[dict[str, Any]]:
