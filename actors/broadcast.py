@@ -69,10 +69,10 @@ class Broadcasts:
 
     async def bring(self, worker: Worker, version: Version) -> bool:
         """Whether the learner has brought `version` to the worker; if not, let it load from the store."""
-        if not self.serving:
-            return False
-        order = Order(worker.name, worker.actor, version, frozenset(one.name for one in self._workers.alive))
         async with self._one_at_a_time:  # as the learner does them: patience begins when its turn has come
+            if not self.serving:
+                return False
+            order = Order(worker.name, worker.actor, version, frozenset(one.name for one in self._workers.alive))
             answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
             self._orders.put_nowait((order, answered))
             try:

@@ -133,15 +133,13 @@ class Controller:
         while True:
             await signal(self.weights_due)
             version = self.ledger.version
-            held = [one for one in await self.store.versions.remote() if one.attempt == version.attempt]
-            stored = version in held
+            stored = version in await self.store.versions.remote()
             if stored and version != seen:
-                for one in held:  # a slow store may have taken two since the last time
-                    if (seen is None or one > seen) and one <= version and self.validation.due(one.number):
-                        validation = await self.validation.begin(one)
-                        if self.training.on_policy:
-                            await asyncio.wait([validation])
                 seen = version
+                if self.validation.due(version.number):
+                    validation = await self.validation.begin(version)
+                    if self.training.on_policy:
+                        await asyncio.wait([validation])
                 self.leases.cleared = version
                 self.training.room.set()
             if stored or (self.weights.broadcasts.serving and not self.training.on_policy):
