@@ -71,9 +71,10 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Version]:
     """Versions that were fetched from the store; one that it does not hold yet ends the run."""
     fetched: list[Version] = []
 
-    async def get(self: SimulatedStore, version: Version) -> None:
+    async def get(self: SimulatedStore, version: Version) -> Version:
         assert version in self.held
         fetched.append(version)
+        return version
 
     monkeypatch.setattr(SimulatedStore, "get", get)
     return fetched
