@@ -56,7 +56,6 @@ class Broadcasts:
         self._learner: int | None = None  # the attempt of the one that asks for orders
         self._over = -1  # learners of this attempt and earlier ones get no more
         self._orders: asyncio.Queue[tuple[Order, asyncio.Future[Answer]] | None] = asyncio.Queue()
-        self._one_at_a_time = asyncio.Lock()
         self._under_way: asyncio.Future[Answer] | None = None
         self._failures = 0  # since the last success
         # Seconds for a load from the store; a worker that was in a group may hang in it.
@@ -69,17 +68,16 @@ class Broadcasts:
 
     async def bring(self, worker: Worker, version: Version) -> bool:
         """Whether the learner has brought `version` to the worker; if not, let it load from the store."""
-        async with self._one_at_a_time:  # as the learner does them: patience begins when its turn has come
-            if not self.serving:
-                return False
-            order = Order(worker.name, worker.actor, version, frozenset(one.name for one in self._workers.alive))
-            answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-            self._orders.put_nowait((order, answered))
-            try:
-                answer = await asyncio.wait_for(answered, PATIENCE)
-            except TimeoutError:
-                self._failures = FAILURES_IN_A_ROW  # its thread hangs, and so would every other order
-                answer = Answer(False, f"no answer from the learner within {PATIENCE:g} s")
+        if not self.serving:
+            return False
+        order = Order(worker.name, worker.actor, version, frozenset(one.name for one in self._workers.alive))
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._orders.put_nowait((order, answered))
+        try:
+            answer = await asyncio.wait_for(answered, PATIENCE)
+        except TimeoutError:
+            self._failures = FAILURES_IN_A_ROW  # its thread hangs, and so would every other order
+            answer = Answer(False, f"no answer from the learner within {PATIENCE:g} s")
         if answer.sent:
             self._failures = 0
         elif answer.trouble:
