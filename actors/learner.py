@@ -71,20 +71,23 @@ def fit(
         ),
     )
     failure: list[BaseException] = []
+    finished = threading.Event()
 
     def work() -> None:
         try:
             trainer.fit()
         except BaseException as error:
             failure.append(error)
+        finally:
+            finished.set()
 
-    thread = threading.Thread(target=work, name=f"fit-{name}", daemon=True)
-    thread.start()
+    threading.Thread(target=work, name=f"fit-{name}", daemon=True).start()
 
     def wait() -> None:
-        while thread.is_alive():
-            thread.join(0.5)
+        # Not by `Thread.join`: Python 3.11 takes a thread for dead when Ctrl-C interrupts a join.
+        while not finished.wait(0.5):
             watch()
+        watch()
 
     try:
         wait()
