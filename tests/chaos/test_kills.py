@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from live_run import STEPS, LiveRun, assert_whole
+from live_run import LiveRun, assert_whole
 
 from rporec.files import read_json
 
