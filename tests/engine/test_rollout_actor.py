@@ -1,5 +1,7 @@
 """A real rollout worker and weight store under a real Ray."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import ray
@@ -118,15 +120,14 @@ def test_damaged_weights_never_reach_the_engine(worker, model):
 
 
 def test_aborted_groups_raise_and_the_worker_goes_on(worker):
-    ray.get(worker.pause.remote())
-    refs = [worker.generate.remote(Lease(group, 0, PROMPT, seed=group), SPEC)[1] for group in range(4)]
-    while ray.get(worker.status.remote())["waiting"] < 4 * SPEC.n:
+    long = replace(SPEC, max_tokens=200)
+    refs = [worker.generate.remote(Lease(group, 0, PROMPT, seed=group), long)[1] for group in range(4)]
+    while ray.get(worker.status.remote())["running"] < 4 * SPEC.n:
         pass
     assert ray.get(worker.abort_all.remote()) == 4
     for ref in refs:
         with pytest.raises(GenerationAborted):
             ray.get(ref)
-    ray.get(worker.resume.remote())
     assert ray.get(worker.generate.remote(Lease(0, 0, PROMPT, seed=0), SPEC)[1]).tokens > 0
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from rporec.config import ConfigError, parse_config
-from rporec.engine.transfer import choose_transfer
+from rporec.engine.transfer import Transfer, choose_transfer
 
 
 def choice(cuda: bool, gpus: float, **config: Any) -> tuple[str, str]:
-    transfer = choose_transfer(parse_config(config), cuda=cuda, gpus=gpus)
+    transfer = choose_transfer(parse_config({"weight_transfer": "auto", **config}), cuda=cuda, gpus=gpus)
     assert "\n" not in transfer.line
     return transfer.kind, transfer.line
 
@@ -52,8 +52,8 @@ def test_the_reference_engine_takes_no_broadcast() -> None:
     assert "engine.kind: transformers" in line
 
 
-def test_who_wants_the_store_gets_it() -> None:
-    assert choice(True, 8, weight_transfer="store") == ("store", "")
+def test_the_store_is_what_a_config_without_a_word_gets() -> None:
+    assert choose_transfer(parse_config({}), cuda=True, gpus=8) == Transfer("store")
 
 
 def test_no_other_transfer_is_known() -> None:
