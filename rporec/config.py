@@ -198,6 +198,30 @@ class Elastic(Section):
         return self
 
 
+class PromotionConfig(Section):
+    """When training hands a version to serving, see `rporec.promotion`."""
+
+    automatic: bool = True  # when validation NDCG@10 exceeds that of all promoted before; False: by hand
+    min_gain: float = Field(0.0, ge=0)  # by how much
+
+
+class ServeConfig(Section):
+    """`rporec serve`; a replica is a process, and {min, max} of them follow the load."""
+
+    ingresses: Elastic = Elastic()
+    reasoners: Elastic = Elastic()
+    retrievers: Elastic = Elastic()
+    timeout_ms: int = Field(10_000, ge=1)  # of a request that names none
+    ongoing: int = Field(64, ge=1)  # requests that a replica works on at once
+    queued: int = Field(256, ge=0)  # that wait for a deployment; more are refused
+    swap: Literal["beside", "drain"] | None = None  # new weights; None: beside on CPU, drain on CUDA
+    exact_below: int = Field(200_000, ge=1)  # items up to which retrieval is exact, not by an ANN index
+    token_file: str | None = None  # holds the bearer token; None: the variable RPOREC_SERVE_TOKEN
+    requests_per_minute: int | None = Field(None, ge=1)  # of one token, or of one host without tokens
+    max_body_bytes: int = Field(2**20, ge=1024)
+    access_log_users: bool = False  # write user ids into the access log
+
+
 class Config(Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
@@ -216,6 +240,8 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    promotion: PromotionConfig = PromotionConfig()
+    serve: ServeConfig = ServeConfig()
 
     max_staleness: int = Field(1, ge=0)  # versions
     groups_per_step: int = Field(64, ge=1)

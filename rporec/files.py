@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from rporec.config import ConfigError
+
+_TICK = 50_000_000  # nanoseconds, more than any file system's clock takes
 
 
 @contextlib.contextmanager
@@ -88,3 +91,21 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:  # torn, perhaps in the middle of a character; the last is empty
             continue
     return records
+
+
+class FolderWatch:
+    """Tells with one `stat` whether entries came into a folder, which need not exist yet, since it was last asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen = -1
+
+    def changed(self) -> bool:
+        try:
+            now, modified = time.time_ns(), self.folder.stat().st_mtime_ns
+        except FileNotFoundError:
+            return False
+        same = modified == self._seen
+        # The clock of a file system ticks in milliseconds: what comes within the same tick leaves no mark.
+        self._seen = modified if now - modified > _TICK else -1
+        return not same

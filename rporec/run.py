@@ -6,6 +6,8 @@ data/              the data set (or a pointer)   backbone/        the starting L
 rationales/        the teacher's texts           warmup/model/    the LLM before RL
 completions/       what the LLM wrote, by stage  head/ …          RecHeads
 checkpoints/       of stage 2                    best/            the LLM that validation picked
+promoted/          versions that may serve       promoted.json    which one does
+feedback/          what users did                items/           items added while serving
 rollouts/          what each step consumed, with `save_rollouts`
 steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, report.html
 """
@@ -113,6 +115,15 @@ class Run:
         return self.folder / name
 
     @property
+    def feedback(self) -> Path:
+        """Parquet parts that `rporec data build --interactions` reads."""
+        return self.folder / "feedback"
+
+    @property
+    def added_items(self) -> Path:
+        return self.folder / "items"
+
+    @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
@@ -163,7 +174,17 @@ def read_config(path: Path) -> Config:
 
 
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.
-_MAY_CHANGE = {"name", "steps", "rollout_workers", "reward_workers", "learners", "checkpoint_every", "weight_transfer"}
+_MAY_CHANGE = {
+    "name",
+    "steps",
+    "rollout_workers",
+    "reward_workers",
+    "learners",
+    "checkpoint_every",
+    "weight_transfer",
+    "promotion",
+    "serve",
+}
 
 
 def contradiction(held: Config, wanted: Config) -> str | None:

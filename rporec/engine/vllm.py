@@ -25,16 +25,22 @@ from rporec.engine.vllm_start import start_llm
 from rporec.engine.weights import Described, check_fit, checkpoint_shapes
 
 
+TEXT_EVERY = 0.05  # seconds: quicker than people read, and decoding costs the engine little
+
+
 @dataclass(eq=False)
 class _Request:
     """A prompt that is being completed: `starts[i]` are (version, first token) of completion i.
 
     `finish` turns vLLM's output into the future's result, or into None while others share the future.
+    `on_text` hears of the text so far, at most every `TEXT_EVERY` seconds.
     """
 
     future: Future
     finish: Callable[[Any, _Request], Any]
     starts: list[list[tuple[Version, int]]]
+    on_text: Callable[[str], None] | None = None
+    heard: float = 0.0
 
 
 class VllmEngine:
@@ -74,6 +80,18 @@ class VllmEngine:
         ids = [int(token) for token in prompt_ids]
         params = self._sampling_params(spec)
         return self._loop.command(lambda future: self._add(future, ids, params, self._completions))
+
+    def stream(
+        self, prompt_ids: Sequence[int], spec: SamplingSpec, on_text: Callable[[str], None]
+    ) -> Future[list[Generated]]:
+        """As `submit` of one completion; `on_text`, called on the engine's thread, hears of the text so far."""
+        ids = [int(token) for token in prompt_ids]
+        params = self._sampling_params(spec, growing=True)
+        return self._loop.command(lambda future: self._add(future, ids, params, self._completions, on_text))
+
+    def drop(self, future: Future) -> Future[int]:
+        """Stop the requests of one future, which raises GenerationAborted; returns how many there were."""
+        return self._loop.call(lambda: self._drop(future))
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:
         """Teacher-forced log-probabilities under the current weights; see `Engine.score`."""
@@ -141,6 +159,15 @@ class VllmEngine:
                 result = request.finish(output, request)
                 if result is not None and not request.future.done():
                     request.future.set_result(result)
+            else:
+                self._tell(self._requests[output.request_id], output)
+
+    def _tell(self, request: _Request, output: Any) -> None:
+        now = time.perf_counter()
+        if request.on_text is not None and now - request.heard >= TEXT_EVERY:
+            request.heard = now
+            # A character whose bytes are not all there yet decodes to the replacement character.
+            request.on_text(self.decoder.text(output.outputs[0].token_ids).rstrip("\ufffd"))
 
     def _fail_all(self, error: EngineError) -> None:
         failed, self._requests = self._requests, {}
@@ -148,13 +175,20 @@ class VllmEngine:
             if not future.done():
                 future.set_exception(error)
 
-    def _add(self, future: Future, prompt_ids: list[int], params: Any, finish: Callable[[Any, _Request], Any]) -> None:
+    def _add(
+        self,
+        future: Future,
+        prompt_ids: list[int],
+        params: Any,
+        finish: Callable[[Any, _Request], Any],
+        on_text: Callable[[str], None] | None = None,
+    ) -> None:
         if not 0 < len(prompt_ids) < self.context:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens in a context of {self.context}")
         self._submitted += 1
         key = str(self._submitted)
         self._core.add_request(key, {"prompt_token_ids": prompt_ids}, params)
-        self._requests[key] = _Request(future, finish, [[(self.version, 0)] for _ in range(params.n)])
+        self._requests[key] = _Request(future, finish, [[(self.version, 0)] for _ in range(params.n)], on_text)
 
     def _add_scoring(self, future: Future, sequences: list[list[int]]) -> None:
         scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)
@@ -170,6 +204,15 @@ class VllmEngine:
             self._add(future, prompt, _scoring_params(last), partial(finish, index))
         if not left:
             future.set_result(scores)
+
+    def _drop(self, future: Future) -> int:
+        dropped = [key for key, request in self._requests.items() if request.future is future]
+        self._core.abort_request(dropped)
+        for key in dropped:
+            del self._requests[key]
+        if dropped:
+            future.set_exception(GenerationAborted(f"{self.name}: generation dropped on request"))
+        return len(dropped)
 
     def _abort(self) -> int:
         aborted = len({request.future for request in self._requests.values()})
@@ -198,7 +241,7 @@ class VllmEngine:
         return {"seconds": time.perf_counter() - began, "in_flight": len(self._requests)}
 
     # --- completions ---------------------------------------------------------------------------
-    def _sampling_params(self, spec: SamplingSpec) -> Any:
+    def _sampling_params(self, spec: SamplingSpec, growing: bool = False) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -216,7 +259,7 @@ class VllmEngine:
             skip_special_tokens=False,
             logprobs=0 if spec.logprobs else None,
             flat_logprobs=True,
-            output_kind=RequestOutputKind.FINAL_ONLY,
+            output_kind=RequestOutputKind.CUMULATIVE if growing else RequestOutputKind.FINAL_ONLY,
         )
 
     def _completions(self, output: Any, request: _Request) -> list[Generated]:

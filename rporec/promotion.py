@@ -1,0 +1,107 @@
+"""Which model serves: folders under `RUN/promoted/`, each an LLM with the head it was judged by, and the one in use.
+
+    promoted.json    {"current": version, "promotions": [{"version", "ndcg@10", "time"}, …]}, oldest first
+    promoted/V/      model/ and head/ of version V; hard links where the disk has them
+
+Training promotes what validation found better than all before; `rporec promote` does it by hand.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rporec.config import ConfigError
+from rporec.files import read_json, replacing, write_json
+from rporec.run import Run
+
+KEPT = 4  # versions on disk: the current one, one that serving may still finish with, and two to go back to
+
+
+@dataclass(frozen=True)
+class Promoted:
+    """A version that may serve."""
+
+    version: str
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def head(self) -> Path:
+        return self.folder / "head"
+
+
+def promoted(run: Run) -> Promoted | None:
+    """The version in use; None before the first promotion."""
+    state = _state(run)
+    return _at(run, state["current"]) if state["promotions"] else None
+
+
+def better(run: Run, ndcg: float) -> bool:
+    """Whether a validation NDCG@10 exceeds that of every promotion by `promotion.min_gain`; a tie never does."""
+    known = [one["ndcg@10"] for one in _state(run)["promotions"] if one["ndcg@10"] is not None]
+    return not known or ndcg > max(known) + run.config().promotion.min_gain
+
+
+def promote(run: Run, version: str, model: Path, ndcg: float | None) -> Promoted:
+    """Have a model folder serve, with the run's head. A version that was promoted before is used again."""
+    state = _state(run)
+    chosen = _at(run, version)
+    if not chosen.folder.exists():
+        with replacing(chosen.folder) as temporary:
+            shutil.copytree(model, temporary / "model", copy_function=_link)
+            shutil.copytree(run.head(), temporary / "head", copy_function=_link)
+    kept = [one for one in state["promotions"] if one["version"] != version]
+    entry = {"version": version, "ndcg@10": ndcg, "time": round(time.time(), 3)}
+    _commit(run, {"current": version, "promotions": [*kept, entry][-KEPT:]})
+    return chosen
+
+
+def promote_best(run: Run) -> Promoted:
+    """Have the best version of stage 2 serve, or without one the LLM before RL."""
+    run.require("stage1", "promote")
+    best = read_json(run.folder / "best.json")
+    if best is None or not run.best_model.is_dir():
+        return promote(run, "0.0", run.warm_model, None)
+    return promote(run, f"{best['attempt']}.{best['version']}", run.best_model, best["ndcg@10"])
+
+
+def roll_back(run: Run) -> Promoted:
+    """Have the version serve that was promoted before the current one. ConfigError when there is none."""
+    state = _state(run)
+    versions = [one["version"] for one in state["promotions"]]
+    place = versions.index(state["current"]) if versions else 0
+    if place == 0:
+        raise ConfigError(f"{run.folder}: no earlier promotion to go back to")
+    _commit(run, state | {"current": versions[place - 1]})
+    return _at(run, versions[place - 1])
+
+
+def _state(run: Run) -> dict[str, Any]:
+    return read_json(run.folder / "promoted.json", {"current": None, "promotions": []})
+
+
+def _commit(run: Run, state: dict[str, Any]) -> None:
+    write_json(run.folder / "promoted.json", state)
+    kept = {one["version"] for one in state["promotions"]}
+    for folder in (run.folder / "promoted").iterdir():
+        if folder.name not in kept and not folder.name.startswith("."):
+            shutil.rmtree(folder)
+
+
+def _at(run: Run, version: str) -> Promoted:
+    return Promoted(version, run.folder / "promoted" / version)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another disk, or one without hard links
+        shutil.copy2(source, target)
