@@ -48,6 +48,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     logging.getLogger("ray").setLevel(logging.ERROR)
     options: dict[str, Any] = {"namespace": namespace, "logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
+        serve = config.serve
         options |= {
             "address": "local",  # whatever RAY_ADDRESS says
             "num_cpus": max(4, cores()),  # logical: roles place themselves by the resources below
@@ -55,7 +56,7 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
                 "rollout": config.rollout_workers.max + _SPARE,
                 "reward": config.reward_workers.max + _SPARE,
                 "learner": max(config.learners, config.head.workers),
-                "serve": 4,
+                "serve": sum(role.max for role in (serve.ingresses, serve.reasoners, serve.retrievers)) + _SPARE,
             },
             "object_store_memory": 512 * 2**20,
             "include_dashboard": True,  # `ray list actors` asks it

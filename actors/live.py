@@ -14,6 +14,24 @@ from rporec.files import read_json
 from rporec.run import Run
 
 
+def live_address(run: Run) -> str | None:
+    """Of the cluster on which the run trains now; None when it does not, or its cluster is gone."""
+    live = read_json(run.folder / "run.json")
+    if live is None:
+        return None
+    try:
+        check_address(live["address"])
+    except ConnectionError:
+        return None
+    _authenticate(live)
+    return live["address"]
+
+
+def _authenticate(live: dict[str, Any]) -> None:
+    if live.get("auth"):
+        os.environ.setdefault("RAY_AUTH_MODE", live["auth"])  # Ray reads it on import; the token is in the user's home
+
+
 @contextlib.contextmanager
 def controller_of(run: Run) -> Iterator[Any]:
     """The controller of a run whose stage 2 goes on; ConfigError when there is none."""
@@ -21,8 +39,7 @@ def controller_of(run: Run) -> Iterator[Any]:
     if live is None:
         raise ConfigError(f"{run.folder}: no training is in stage 2 here, so there is nothing to change")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if live.get("auth"):
-        os.environ.setdefault("RAY_AUTH_MODE", live["auth"])  # Ray reads it on import; the token is in the user's home
+    _authenticate(live)
     import ray
 
     gone = f"{run.folder}: its training is gone (no controller at {live['address']}); train with --resume"

@@ -11,6 +11,7 @@ from actors.training import Training
 from actors.weights import Weights
 from actors.workers import answer, is_death
 from rporec.engine.types import GenerationAborted, Version
+from rporec.promotion import better, promote
 
 
 class Validation:
@@ -49,6 +50,7 @@ class Validation:
                     best, model = self.training.run.best_model, self.training.recipe.model
                     await store.save.remote(version, str(best), str(model))
                     journal.saved_best(record)
+                    self._promote(version, record["ndcg@10"])
             finally:
                 await store.unpin.remote(version)
 
@@ -92,6 +94,11 @@ class Validation:
             finally:
                 worker.running = 0
                 self.staff.idle_rewards.put_nowait(worker)
+
+    def _promote(self, version: Version, ndcg: float) -> None:
+        run = self.training.run
+        if self.config.promotion.automatic and better(run, ndcg):
+            promote(run, str(version), run.best_model, ndcg)
 
     def _undone(self, version: Version) -> bool:
         return version.attempt != self.training.ledger.version.attempt

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rporec import __version__
-from rporec.config import Config, ConfigError, load_config
+from rporec.config import Config, ConfigError, load_config, override
 from rporec.run import STAGES, Run
 
 # Names of `rporec bench`, and their modules in `benchmarks/`.
@@ -250,6 +250,28 @@ def _scale(options: argparse.Namespace) -> None:
         print(f"{worker['name']}: {worker['state'].lower()}")
 
 
+def _promote(options: argparse.Namespace) -> None:
+    from rporec.promotion import promote_best, roll_back
+
+    run = Run.open(options.run)
+    chosen = roll_back(run) if options.rollback else promote_best(run)
+    print(f"{run.folder}: version {chosen.version} serves")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    run = Run.open(options.run)
+    run.require("stage1", "serve")
+    _check_address(options.address)
+    if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine."))]:
+        raise ConfigError(f"{bad[0]!r}: serving changes keys of serve. and engine. alone; the rest is the run's")
+    if not 0 < options.port < 2**16:
+        raise ConfigError(f"--port {options.port}: a port is between 1 and 65535")
+    config = override(run.config(), options.overrides)
+    launch = importlib.import_module("serve.launch")
+    with contextlib.suppress(KeyboardInterrupt):
+        launch.serve_run(run, config, options.host, options.port, options.address, _console())
+
+
 def _report(options: argparse.Namespace) -> None:
     from rporec.report.html import write_report
 
@@ -344,6 +366,19 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("run", type=Path, metavar="RUN")
     scale.add_argument("--rollout-workers", type=int, metavar="N")
     scale.add_argument("--reward-workers", type=int, metavar="M")
+
+    promote = add(commands, "promote", _promote, "have the best version serve, or the one before the present one")
+    promote.add_argument("run", type=Path, metavar="RUN")
+    promote.add_argument("--rollback", action="store_true", help="go back to the version promoted before")
+
+    serving = add(commands, "serve", _serve, "answer over HTTP, on the cluster of the run or one started here")
+    serving.add_argument("run", type=Path, metavar="RUN")
+    serving.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of serve. and engine.: serve.timeout_ms=2000"
+    )
+    serving.add_argument("--host", default="127.0.0.1", help="other than loopback needs a token (default: 127.0.0.1)")
+    serving.add_argument("--port", type=int, default=8000)
+    serving.add_argument("--address", help="Ray cluster (default: the one the run trains on, else one started here)")
 
     report = add(commands, "report", _report, "write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN")

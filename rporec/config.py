@@ -214,7 +214,9 @@ class ServeConfig(Section):
     timeout_ms: int = Field(10_000, ge=1)  # of a request that names none
     ongoing: int = Field(64, ge=1)  # requests that a replica works on at once
     queued: int = Field(256, ge=0)  # that wait for a deployment; more are refused
-    swap: Literal["beside", "drain"] | None = None  # new weights; None: beside on CPU, drain on CUDA
+    # Of a reasoner. 2: new weights go into the idle one while the other answers, and each takes half of the
+    # GPU's memory; 1: requests wait until the running ones have ended.
+    engines: int = Field(2, ge=1, le=2)
     exact_below: int = Field(200_000, ge=1)  # items up to which retrieval is exact, not by an ANN index
     token_file: str | None = None  # holds the bearer token; None: the variable RPOREC_SERVE_TOKEN
     requests_per_minute: int | None = Field(None, ge=1)  # of one token, or of one host without tokens
@@ -331,14 +333,14 @@ def load_config(path: Path | str | None, overrides: list[str] = ()) -> Config:  
         if not isinstance(raw, dict):
             raise ConfigError(f"{path}: a config is a mapping of keys, not a {type(raw).__name__}")
         raw.setdefault("name", path.stem)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"{override!r}: an override is key=value, with dots for sections (rl.lr=1e-4)")
-        try:
-            _assign(raw, key.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
+    _apply(raw, overrides)
+    return parse_config(raw)
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """A resolved config with some keys changed, checked again."""
+    raw = config.model_dump(mode="json")
+    _apply(raw, overrides)
     return parse_config(raw)
 
 
@@ -348,6 +350,17 @@ def parse_config(raw: dict[str, Any]) -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(_one_line(error)) from None
+
+
+def _apply(raw: dict[str, Any], overrides: list[str]) -> None:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"{override!r}: an override is key=value, with dots for sections (rl.lr=1e-4)")
+        try:
+            _assign(raw, key.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ConfigError(f"{override!r}: the value is not valid YAML; quote it") from None
 
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:

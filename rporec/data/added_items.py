@@ -34,7 +34,7 @@ class GrowingCatalog:
 
     def _read(self) -> bool:
         added = len(self.catalog) - len(self.base)
-        new = []
+        new: list[pa.Table] = []
         while (path := self._path(added + len(new))).exists():
             new.append(pq.read_table(path, schema=self.base.table.schema))
         if new:

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 
 from rporec.files import FolderWatch, replacing
 
+NO_CHOICE = ("dislike", "impression")  # events by which a user did not choose an item
+
 SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),

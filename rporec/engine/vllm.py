@@ -7,6 +7,7 @@ batch, or the luck of no draw within 1e-6 of a boundary.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -24,7 +25,8 @@ from rporec.engine.types import FIRST_VERSION, EngineError, Generated, Generatio
 from rporec.engine.vllm_start import start_llm
 from rporec.engine.weights import Described, check_fit, checkpoint_shapes
 
-
+# vLLM keeps the context of a forward pass in a global of the process: of several engines one steps at a time.
+_STEPPING = threading.Lock()
 TEXT_EVERY = 0.05  # seconds: quicker than people read, and decoding costs the engine little
 
 
@@ -62,7 +64,8 @@ class VllmEngine:
     ) -> None:
         self.version, self.name, self.context = version, name, context
         self._expected = checkpoint_shapes(model_dir)
-        self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
+        with _STEPPING:
+            self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
         self._core = self._llm.llm_engine
         self.decoder = Decoder(model_dir)
         self._llm.init_weight_transfer_engine({"init_info": {}})
@@ -127,6 +130,10 @@ class VllmEngine:
     def abort(self) -> Future[int]:
         return self._loop.call(self._abort)
 
+    def alive(self) -> Future[None]:
+        """Done after the present step; raises the EngineError of an engine that has died."""
+        return self._loop.call(lambda: None)
+
     def pause(self) -> Future[None]:
         """Queue requests without stepping, until `resume`: what comes meanwhile starts as one batch."""
         return self._loop.pause()
@@ -147,13 +154,18 @@ class VllmEngine:
         }
 
     def close(self) -> None:
-        """Stop, fail what is pending, free the model. Safe to call twice."""
+        """Stop, fail what is pending, free the model. Safe to call twice.
+
+        The last engine of a process alone: vLLM ends the state that all engines of a process share.
+        """
         self._loop.close()
         self._core.engine_core.shutdown()
 
     # --- on the engine's thread ----------------------------------------------------------------
     def _step(self) -> None:
-        for output in self._core.step():
+        with _STEPPING:
+            outputs = self._core.step()
+        for output in outputs:
             if output.finished:
                 request = self._requests.pop(output.request_id)
                 result = request.finish(output, request)
@@ -226,9 +238,10 @@ class VllmEngine:
         if self._expected:
             check_fit(shapes, self._expected)
         try:
-            self._llm.start_weight_update()
-            self._llm.update_weights({"update_info": update})
-            self._llm.finish_weight_update()
+            with _STEPPING:
+                self._llm.start_weight_update()
+                self._llm.update_weights({"update_info": update})
+                self._llm.finish_weight_update()
             # Without the reset of running requests their old keys and values stay, and every later
             # token is drawn from a distribution that neither weights define.
             self._core.reset_prefix_cache(reset_running_requests=True)

@@ -121,6 +121,13 @@ def save_safetensors(flat: FlatWeights, path: Path) -> None:
         save_file(dict(unflatten(flat)), temporary, metadata={"format": "pt"})
 
 
+def load_safetensors(folder: Path | str) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor of a model folder, as `VllmEngine.update_weights` takes them."""
+    from safetensors.torch import load_file
+
+    return [pair for path in sorted(Path(folder).glob("*.safetensors")) for pair in load_file(path).items()]
+
+
 def checkpoint_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a folder's safetensors files, read from their headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}

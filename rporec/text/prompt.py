@@ -60,6 +60,7 @@ class ItemWriter:
 
     def __init__(self, source: Catalog | Dataset, config: TextConfig) -> None:
         self.catalog = catalog = _catalog(source)
+        self.config = config
         self.max_words = config.max_words
         self.prompt_items = config.prompt_items
         known = catalog.table.column_names
@@ -214,6 +215,12 @@ class PromptWriter:
                 )
         else:
             self._chat.ids(self.instruction(), [], "")
+
+    def with_catalog(self, catalog: Catalog) -> PromptWriter:
+        """The same prompts for a catalogue that has grown: which columns are written does not change with it."""
+        items = self.items
+        config = items.config.model_copy(update={"columns": list(items.columns), "attribute": items.attribute})
+        return PromptWriter(catalog, config, self.tokenizer, self.tiny, self.budget + self.reserve, self.reserve)
 
     def prompt_ids(self, history: History) -> list[int]:
         """Token ids of the prompt for a history (item indices, oldest first; may be empty)."""

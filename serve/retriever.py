@@ -1,0 +1,138 @@
+"""The retriever: the RecHead over the catalogue behind Ray Serve, many requests in one pass."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray import serve
+
+from rporec.data import Catalog
+from rporec.models.head_inputs import HeadInputs
+from rporec.models.rechead import RecHead
+from rporec.models.recommender import Recommender
+from rporec.promotion import Promoted
+from rporec.text.completion import parse
+from serve.served import Served
+
+HEADS = 3  # versions in memory: requests that began with an earlier one are still under way
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to rank for: indices of items, oldest first, and a completion that `version` wrote, if any did."""
+
+    history: np.ndarray  # int64
+    time: int  # seconds since 1970
+    k: int
+    excluded: np.ndarray  # int64
+    filters: Mapping[str, list[str]]
+    items: int  # the catalogue that the indices are of has as many
+    text: str | None = None
+    version: str | None = None  # None: the one in use
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """Best first."""
+
+    items: list[int]
+    scores: list[float]
+    version: str
+
+
+@serve.deployment
+class Retriever:
+    """A head of each version that may be asked for, over one catalogue that grows."""
+
+    async def __init__(self, served: Served) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._served = served
+        self._dataset = served.dataset()
+        self._catalog = served.growing(self._dataset)
+        self._heads: dict[str, Recommender] = {}
+        self._version = ""
+        self._catching_up = asyncio.Lock()
+        await self._take(served.promoted())
+        self._following = asyncio.create_task(served.follow(lambda: self._version, self._take))
+
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
+    async def rank(self, queries: list[Query]) -> list[Ranked]:
+        """The best `k` items of each query; a batch is what has come in while the last one was ranked."""
+        await self._catch_up(max(query.items for query in queries))
+        ranked: list[Ranked | None] = [None] * len(queries)
+        for version in {query.version or self._version for query in queries}:
+            rows = [row for row, query in enumerate(queries) if (query.version or self._version) == version]
+            answers = await asyncio.to_thread(self._rank, self._head(version), [queries[row] for row in rows])
+            for row, (items, scores) in zip(rows, answers, strict=True):
+                ranked[row] = Ranked(items.tolist(), scores.tolist(), version)
+        return ranked  # type: ignore[return-value]
+
+    def _rank(self, head: Recommender, queries: list[Query]) -> list[tuple[np.ndarray, np.ndarray]]:
+        completions = [parse(query.text or "") for query in queries]
+        inputs = HeadInputs(
+            seen=[query.history for query in queries],
+            time=np.array([query.time for query in queries], np.int64),
+            cot=[written.cot for written in completions],
+            answer=[written.answer for written in completions],
+            format=np.array([written.format for written in completions], np.float32),
+        )
+        allowed = [_allowed(head.catalog, query.filters) for query in queries]
+        return head.recommend(inputs, [query.k for query in queries], [query.excluded for query in queries], allowed)
+
+    def _head(self, version: str) -> Recommender:
+        if version not in self._heads:  # a reasoner was quicker to take it, or it is an old one
+            folder = self._served.run.folder / "promoted" / version
+            self._load(Promoted(version, folder))
+        return self._heads[version]
+
+    def _load(self, version: Promoted) -> None:
+        head = RecHead.load(version.head, self._dataset.catalog).freeze()
+        recommender = Recommender(head, exact_below=self._served.config.serve.exact_below)
+        if len(self._catalog.catalog) > len(self._dataset.catalog):
+            recommender = recommender.grown(self._catalog.catalog)
+        self._heads[version.version] = recommender
+        for oldest in list(self._heads)[:-HEADS]:
+            del self._heads[oldest]
+
+    async def _catch_up(self, items: int) -> None:
+        """Know as many items as the query does that knows the most."""
+        if items <= len(self._catalog.catalog):
+            return
+        async with self._catching_up:
+            if self._catalog.refresh():
+                grown = self._catalog.catalog
+                for version, head in list(self._heads.items()):
+                    self._heads[version] = await asyncio.to_thread(head.grown, grown)
+
+    async def _take(self, version: Promoted) -> None:
+        async with self._catching_up:
+            await asyncio.to_thread(self._load, version)
+        self._version = version.version
+
+    async def state(self) -> dict[str, Any]:
+        return {"version": self._version, "versions": list(self._heads), "items": len(self._catalog.catalog)}
+
+
+def _allowed(catalog: Catalog, filters: Mapping[str, list[str]]) -> np.ndarray | None:
+    """bool [N]: items that pass every filter; None without filters. KeyError for a column that is not there."""
+    masks = [_having(catalog, column, tuple(sorted(values))) for column, values in sorted(filters.items())]
+    return np.logical_and.reduce(masks) if masks else None
+
+
+@lru_cache(maxsize=64)
+def _having(catalog: Catalog, column: str, values: tuple[str, ...]) -> np.ndarray:
+    """bool [N]: items whose column is one of the values, or lists one, as "a" in "a|b"."""
+    texts = pc.utf8_trim_whitespace(catalog.table.column(column).cast(pa.string()).combine_chunks())
+    parts = pc.split_pattern(texts, "|")
+    owner = pc.list_parent_indices(parts).to_numpy()
+    found = pc.is_in(pc.utf8_trim_whitespace(pc.list_flatten(parts)), value_set=pa.array(values)).to_numpy(False)
+    mask = pc.is_in(texts, value_set=pa.array(values)).to_numpy(False)
+    mask[owner[found]] = True
+    return mask
