@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from rporec import __version__
 from rporec.config import ServeConfig
-from serve.guard import Guard, Metrics
+from serve.guard import UNEXPECTED, Guard, Metrics
 from serve.schema import (
     Accepted,
     BatchRequest,
@@ -162,6 +162,7 @@ _TITLES = {
     413: "Content Too Large",
     422: "Unprocessable Content",
     429: "Too Many Requests",
+    500: "Internal Server Error",
     503: "Service Unavailable",
 }
 
@@ -187,6 +188,10 @@ def _problem_documents(app: FastAPI) -> None:
     @app.exception_handler(Unavailable)
     async def unavailable(_: Request, error: Unavailable) -> JSONResponse:
         return _problem(503, str(error))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, __: Exception) -> JSONResponse:
+        return _problem(500, UNEXPECTED)  # what it was goes to the log, in `Guard`
 
     @app.exception_handler(HTTPException)
     async def http(_: Request, error: HTTPException) -> JSONResponse:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
+from starlette.exceptions import HTTPException
 
 from rporec.config import ConfigError, ServeConfig
 from serve.schema import Problem
 
 TOKEN_VARIABLE = "RPOREC_SERVE_TOKEN"
 OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs")  # and the page's files: what holds nobody's data
+UNEXPECTED = "a fault of the service; its log has the reason"
 LOGGER = logging.getLogger("ray.serve")
 
 
@@ -94,7 +96,7 @@ class Guard:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._config.max_body_bytes:
-                raise _TooLarge
+                raise HTTPException(413, f"at most {self._config.max_body_bytes} bytes")  # passes through FastAPI
             return message
 
         started = False
@@ -111,14 +113,12 @@ class Guard:
                 await _send(watched, *refusal)
             else:
                 await self._app(scope, measured, watched)
-        except _TooLarge:
-            limit = self._config.max_body_bytes
-            await _send(watched, Problem(title="Content Too Large", status=413, detail=f"at most {limit} bytes"))
         except Exception:
             LOGGER.exception("%s %s failed", scope["method"], _template(scope))
-            if started:
-                raise
-            await _send(watched, Problem(title="Internal Server Error", status=500, detail="the log has the reason"))
+            if not started:
+                await _send(watched, Problem(title="Internal Server Error", status=500, detail=UNEXPECTED), {})
+            elif status != 500:
+                raise  # a response that was cut off must not look whole
         finally:
             seconds = time.perf_counter() - began
             self._metrics.request(_template(scope), status, seconds)
@@ -147,13 +147,9 @@ class Guard:
         return None
 
 
-class _TooLarge(Exception):
-    pass
-
-
-async def _send(send: Any, problem: Problem, headers: dict[str, str] | None = None) -> None:
+async def _send(send: Any, problem: Problem, headers: dict[str, str]) -> None:
     body = json.dumps(problem.model_dump(exclude_none=True)).encode()
-    fields = {"Content-Type": "application/problem+json", "Content-Length": str(len(body)), **(headers or {})}
+    fields = {"Content-Type": "application/problem+json", "Content-Length": str(len(body)), **headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": problem.status, "headers": encoded})
     await send({"type": "http.response.body", "body": body})

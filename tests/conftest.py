@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
+from served_run import served  # noqa: F401 - fixtures
+from trained_run import trained  # noqa: F401
 
 # Before anything imports torch: see `rporec.engine.vllm.engine_environment`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -39,3 +41,8 @@ def vllm_engine(tiny_model):
     engine = VllmEngine(tiny_model, EngineConfig(kv_cache_mb=64, max_num_seqs=32), context=256, seed=0)
     yield engine
     engine.close()
+
+
+def pytest_collection_modifyitems(items):
+    """A service of the whole session starts as late as it can, so that it takes no core from other tests."""
+    items.sort(key=lambda item: "served" in getattr(item, "fixturenames", ()))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -14,67 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from trained_run import CONFIG, Watched, rporec
 
 from actors.debug import saved_groups
 from rporec.evaluation.ranking import ndcg
 from rporec.files import read_json, read_lines
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
-
-# Warmed up until most completions are well formed, else all rewards are 0 and the weights never move.
-CONFIG = """
-name: small
-data: {window: 8, synthetic: {users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}
-tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}
-teacher: {decision: true}
-warmup: {steps: 240, batch_size: 16, lr: 6e-3}
-sampling: {max_tokens: 40}
-head: {epochs: 3, lr: 2e-3, dim: 32}
-max_staleness: 1
-groups_per_step: 8
-steps: 6
-checkpoint_every: 3
-max_eval_samples: 60
-eval_samples: 2
-save_rollouts: true
-weight_transfer: nccl
-rl: {validate_every: 3, validate_samples: 32}
-"""
-
-
-class Watched:
-    """A finished run, and what its status said while it was going on."""
-
-    def __init__(self, folder: Path, output: str, seen: list[dict]) -> None:
-        self.folder, self.output, self.seen = folder, output, seen
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Watched:
-    work = tmp_path_factory.mktemp("training")
-    config, run = work / "small.yaml", work / "run"
-    config.write_text(CONFIG)
-    seen: list[dict] = []
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.3):
-            if status := read_json(run / "status.json"):
-                seen.append(status)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
-        result = _rporec("train", str(config), "--run", str(run))
-    finally:
-        over.set()
-        watcher.join()
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    return Watched(run, result.stdout, seen)
-
-
-def _rporec(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "rporec.cli", *words], capture_output=True, text=True, timeout=600)
 
 
 def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
@@ -166,22 +109,22 @@ def test_every_admitted_group_ends_consumed_or_dropped(trained: Watched) -> None
 
 def test_a_finished_run_is_refused_without_resume_and_has_nothing_left_with_it(trained: Watched) -> None:
     config = str(trained.folder.parent / "small.yaml")
-    refused = _rporec("train", config, "--run", str(trained.folder))
+    refused = rporec("train", config, "--run", str(trained.folder))
     assert refused.returncode == 2
     assert "--resume" in refused.stderr
-    again = _rporec("train", config, "--run", str(trained.folder), "--resume")
+    again = rporec("train", config, "--run", str(trained.folder), "--resume")
     assert again.returncode == 0
     assert "nothing left to do" in again.stdout
 
 
 def test_status_tells_of_a_finished_run(trained: Watched) -> None:
-    status = json.loads(_rporec("status", str(trained.folder), "--json").stdout)
+    status = json.loads(rporec("status", str(trained.folder), "--json").stdout)
     assert status["state"] == "FINISHED"
     assert status["step"] == status["version"] == 6
 
 
 def _debug(trained: Watched, role: str, out: Path, *words: object) -> str:
-    result = _rporec("debug", role, str(trained.folder), "--out", str(out), *map(str, words))
+    result = rporec("debug", role, str(trained.folder), "--out", str(out), *map(str, words))
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
@@ -231,7 +174,7 @@ def test_stage_2_resumes_from_its_newest_checkpoint_with_another_number_of_learn
     before = read_lines(run / "steps.jsonl")
     began = time.time()
     more = ("steps=9", "learners=2", "--run", str(run), "--resume", "--stages", "stage2")
-    result = _rporec("train", str(config), *more)
+    result = rporec("train", str(config), *more)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     steps = read_lines(run / "steps.jsonl")
     assert steps[:6] == before
@@ -253,7 +196,7 @@ def test_an_engine_that_does_not_start_ends_with_one_line(trained: Watched, tmp_
     (tmp_path / "run" / "config.json").write_text(json.dumps(raw))
     stages = read_json(trained.folder / "stages.json")
     (tmp_path / "run" / "stages.json").write_text(json.dumps({name: stages[name] for name in ("data", "warmup")}))
-    result = _rporec("train", str(config), "--run", str(tmp_path / "run"), "--resume", "--stages", "stage1")
+    result = rporec("train", str(config), "--run", str(tmp_path / "run"), "--resume", "--stages", "stage1")
     assert result.returncode == 2, result.stderr[-3000:]
     assert result.stderr.count("\n") == 1
     assert "no-such-method" in result.stderr

@@ -1,0 +1,68 @@
+"""One small training through the command line, for all tests that look at a finished run or build on a copy of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from rporec.files import read_json
+
+# Warmed up until most completions are well formed, else all rewards are 0 and the weights never move.
+CONFIG = """
+name: small
+data: {window: 8, synthetic: {users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}
+tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}
+teacher: {decision: true}
+warmup: {steps: 240, batch_size: 16, lr: 6e-3}
+sampling: {max_tokens: 40}
+head: {epochs: 3, lr: 2e-3, dim: 32}
+max_staleness: 1
+groups_per_step: 8
+steps: 6
+checkpoint_every: 3
+max_eval_samples: 60
+eval_samples: 2
+save_rollouts: true
+weight_transfer: nccl
+rl: {validate_every: 3, validate_samples: 32}
+"""
+
+
+class Watched:
+    """A finished run, and what its status said while it was going on."""
+
+    def __init__(self, folder: Path, output: str, seen: list[dict]) -> None:
+        self.folder, self.output, self.seen = folder, output, seen
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Watched:
+    work = tmp_path_factory.mktemp("training")
+    config, run = work / "small.yaml", work / "run"
+    config.write_text(CONFIG)
+    seen: list[dict] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.3):
+            if status := read_json(run / "status.json"):
+                seen.append(status)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        result = rporec("train", str(config), "--run", str(run))
+    finally:
+        over.set()
+        watcher.join()
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    return Watched(run, result.stdout, seen)
+
+
+def rporec(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command, to its end."""
+    return subprocess.run([sys.executable, "-m", "rporec.cli", *words], capture_output=True, text=True, timeout=600)
