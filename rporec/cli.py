@@ -25,6 +25,7 @@ BENCHMARKS = {
     "control-plane": "control_plane",
     "packing": "packing",
     "reward": "reward",
+    "serve": "serving",
     "weights": "weights",
 }
 

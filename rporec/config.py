@@ -217,6 +217,7 @@ class ServeConfig(Section):
     # Of a reasoner. 2: new weights go into the idle one while the other answers, and each takes half of the
     # GPU's memory; 1: requests wait until the running ones have ended.
     engines: int = Field(2, ge=1, le=2)
+    engine_core: int | None = Field(None, ge=0)  # that engines are pinned to, so that HTTP has the others
     exact_below: int = Field(200_000, ge=1)  # items up to which retrieval is exact, not by an ANN index
     token_file: str | None = None  # holds the bearer token; None: the variable RPOREC_SERVE_TOKEN
     requests_per_minute: int | None = Field(None, ge=1)  # of one token, or of one host without tokens

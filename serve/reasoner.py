@@ -75,7 +75,7 @@ class Reasoner:
 
     def _engine(self, version: Promoted, number: int) -> VllmEngine:
         config = self._recipe.config
-        return VllmEngine(
+        engine = VllmEngine(
             version.model,
             _shared(config.engine, config.serve.engines),
             context=self._recipe.context,
@@ -83,6 +83,9 @@ class Reasoner:
             version=Version.parse(version.version),
             name=f"reasoner engine {number}",
         )
+        if config.serve.engine_core is not None:
+            engine.pin(config.serve.engine_core).result()
+        return engine
 
     # --- answering -----------------------------------------------------------------------------
     async def reason(self, history: np.ndarray, items: int) -> Thought:

@@ -7,6 +7,7 @@ batch, or the luck of no draw within 1e-6 of a boundary.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -129,6 +130,10 @@ class VllmEngine:
 
     def abort(self) -> Future[int]:
         return self._loop.call(self._abort)
+
+    def pin(self, core: int) -> Future[None]:
+        """Keep the engine's thread, where all its computing is done, on one core."""
+        return self._loop.call(lambda: os.sched_setaffinity(0, {core}))
 
     def alive(self) -> Future[None]:
         """Done after the present step; raises the EngineError of an engine that has died."""
