@@ -1,5 +1,7 @@
 """The real vLLM against plain `transformers`, before, during and after changes of weights."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -228,6 +230,37 @@ def test_aborted_generations_raise_and_the_engine_goes_on(engine):
     engine.resume()
     assert len(completions(engine, PROMPTS, greedy())) == len(PROMPTS)
     assert engine.stats()["running"] == engine.stats()["waiting"] == 0
+
+
+def test_a_stream_grows_to_what_a_whole_completion_is(engine):
+    long = greedy(200)
+    [whole] = engine.submit(PROMPTS[1], long).result(60)
+    heard: list[str] = []
+    [streamed] = engine.stream(PROMPTS[1], long, heard.append).result(60)
+    assert streamed.text == whole.text
+    assert len(heard) > 1
+    assert all(later.startswith(earlier) for earlier, later in pairwise([*heard, whole.text]))
+
+
+def test_a_dropped_request_leaves_the_others_alone(engine):
+    engine.pause().result(60)
+    dropped, kept = (engine.submit(PROMPTS[1], greedy()) for _ in range(2))
+    assert engine.drop(dropped).result(60) == 1
+    engine.resume()
+    with pytest.raises(GenerationAborted):
+        dropped.result(60)
+    assert len(kept.result(60)[0].token_ids) == 16
+    assert engine.drop(kept).result(60) == 0  # over already
+
+
+def test_two_engines_of_one_process_write_at_once_each_with_its_weights(engine, tiny_model, model, other):
+    """As a reasoner has them. The second is not closed: it would take vLLM's state of the process along."""
+    second = VllmEngine(tiny_model, EngineConfig(kv_cache_mb=64, max_num_seqs=32), context=256, seed=0)
+    second.update_weights(Version(0, 1), weights(other)).result(60)
+    futures = [[one.submit(prompt, greedy()) for prompt in PROMPTS] for one in (engine, second)]
+    for written, expected in zip(futures, (model, other), strict=True):
+        for prompt, future in zip(PROMPTS, written, strict=True):
+            assert future.result(60)[0].token_ids.tolist() == greedy_of(expected, prompt)
 
 
 def test_stats_count_what_was_written(engine):
