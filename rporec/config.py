@@ -222,7 +222,6 @@ class ServeConfig(Section):
     token_file: str | None = None  # holds the bearer token; None: the variable RPOREC_SERVE_TOKEN
     requests_per_minute: int | None = Field(None, ge=1)  # of one token, or of one host without tokens
     max_body_bytes: int = Field(2**20, ge=1024)
-    access_log_users: bool = False  # write user ids into the access log
 
 
 class Config(Section):
