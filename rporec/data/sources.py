@@ -86,7 +86,7 @@ def _only(folder: Path, stem: str) -> Path:
 def check_file(path: Path) -> None:
     """Raise DataError unless `path` is a file that is not empty and has an extension that is read here."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path")
+        raise DataError(f"{path}: no such file or folder; check the path")
     if path.suffix.lower() not in EXTENSIONS:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; use one of {', '.join(EXTENSIONS)}")
     if path.stat().st_size == 0:

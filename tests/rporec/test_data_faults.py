@@ -103,6 +103,7 @@ def test_a_parquet_fault_far_into_the_file_names_its_row(tmp_path):
             "user_id": ["u"] * count,
             "item_id": pa.array(["i1"] * (count - 1) + [None]),
             "timestamp": pa.array(range(count)),
+            "event": ["click", "impression"] * (count // 2 - 1) + ["click", "click"],
         }
     )
     pq.write_table(table, tmp_path / "interactions.parquet")
