@@ -145,7 +145,11 @@ def _data_download(options: argparse.Namespace) -> None:
 def _counts(manifest: dict[str, Any]) -> str:
     counts = manifest["counts"]
     samples = ", ".join(f"{number:,} {split}" for split, number in counts["samples"].items())
-    return f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions; samples: {samples}"
+    left_out = ", ".join(f"{number:,} {event}" for event, number in counts["left_out"].items())
+    return (
+        f"{counts['users']:,} users, {counts['items']:,} items, {counts['interactions']:,} interactions; "
+        f"samples: {samples}" + (f"; left out: {left_out}" if left_out else "")
+    )
 
 
 # --- train, evaluate ---------------------------------------------------------------------------
@@ -321,9 +325,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     build = add(data, "build", _data_build, "check interactions and items (CSV, JSONL, Parquet) and write a data set")
     build.add_argument(
-        "--interactions", type=Path, required=True, help="user_id, item_id, timestamp; optional rating, seq"
+        "--interactions",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="SOURCE",
+        help="files, or folders of Parquet parts, with user_id, item_id, timestamp; optional rating, seq, event",
     )
-    build.add_argument("--items", type=Path, required=True, help="item_id and whatever attributes there are")
+    build.add_argument(
+        "--items",
+        type=Path,
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="SOURCE",
+        help="the same, with item_id and whatever attributes there are",
+    )
     build.add_argument("--out", type=Path, required=True)
     build.add_argument("--split", default="time", help="time[:8:1:1] | leave-one-out | column:NAME (default: time)")
     build.add_argument("--window", type=int, default=20, help="history items of a sample (default: 20)")

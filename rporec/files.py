@@ -64,6 +64,15 @@ def read_json(path: Path, default: Any = None) -> Any:
         raise ConfigError(f"{path}: damaged, not valid JSON ({error}); restore it or start a new run") from None
 
 
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from rporec.config import ConfigError
 from rporec.files import read_json, replacing, write_json
 from rporec.run import Run
 
-KEPT = 4  # versions on disk: the current one, one that serving may still finish with, and two to go back to
+KEPT = 4  # newest promotions on disk: the current one, one that serving may still finish with, and two to go back to
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,21 @@ def better(run: Run, ndcg: float) -> bool:
 
 
 def promote(run: Run, version: str, model: Path, ndcg: float | None) -> Promoted:
-    """Have a model folder serve, with the run's head. A version that was promoted before is used again."""
+    """Have a model folder serve, with the run's head.
+
+    A version whose folder is still there is used again; it keeps its NDCG@10 where the new one is None.
+    """
     state = _state(run)
     chosen = _at(run, version)
     if not chosen.folder.exists():
         with replacing(chosen.folder) as temporary:
             shutil.copytree(model, temporary / "model", copy_function=_link)
             shutil.copytree(run.head(), temporary / "head", copy_function=_link)
-    kept = [one for one in state["promotions"] if one["version"] != version]
+    others = [one for one in state["promotions"] if one["version"] != version]
+    if ndcg is None:
+        ndcg = next((one["ndcg@10"] for one in state["promotions"] if one["version"] == version), None)
     entry = {"version": version, "ndcg@10": ndcg, "time": round(time.time(), 3)}
-    _commit(run, {"current": version, "promotions": [*kept, entry][-KEPT:]})
+    _commit(run, {"current": version, "promotions": [*others, entry]})
     return chosen
 
 
@@ -78,10 +83,10 @@ def roll_back(run: Run) -> Promoted:
     state = _state(run)
     versions = [one["version"] for one in state["promotions"]]
     place = versions.index(state["current"]) if versions else 0
-    if place == 0:
+    if place == 0 or not (earlier := _at(run, versions[place - 1])).folder.exists():
         raise ConfigError(f"{run.folder}: no earlier promotion to go back to")
-    _commit(run, state | {"current": versions[place - 1]})
-    return _at(run, versions[place - 1])
+    _commit(run, state | {"current": earlier.version})
+    return earlier
 
 
 def _state(run: Run) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def _state(run: Run) -> dict[str, Any]:
 
 def _commit(run: Run, state: dict[str, Any]) -> None:
     write_json(run.folder / "promoted.json", state)
-    kept = {one["version"] for one in state["promotions"]}
+    kept = {state["current"], *(one["version"] for one in state["promotions"][-KEPT:])}
     for folder in (run.folder / "promoted").iterdir():
         if folder.name not in kept and not folder.name.startswith("."):
             shutil.rmtree(folder)
@@ -101,6 +106,7 @@ def _at(run: Run, version: str) -> Promoted:
 
 
 def _link(source: str, target: str) -> None:
+    source = os.path.realpath(source)  # models of the hub are folders of links, which lead nowhere from elsewhere
     try:
         os.link(source, target)
     except OSError:  # another disk, or one without hard links

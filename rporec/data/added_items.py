@@ -6,6 +6,7 @@ The number is the item's place behind the catalogue, the same in every process t
 from __future__ import annotations
 
 import os
+import threading
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 
 from rporec.data.catalog import Catalog
 from rporec.data.errors import DataError
-from rporec.files import FolderWatch
+from rporec.files import FolderWatch, sync
 
 
 class GrowingCatalog:
@@ -24,6 +25,7 @@ class GrowingCatalog:
     def __init__(self, base: Catalog, folder: Path) -> None:
         self.base, self.folder, self.catalog = base, folder, base
         self._watch = FolderWatch(folder)
+        self._reading = threading.Lock()
         self.refresh()
 
     def refresh(self) -> bool:
@@ -33,19 +35,22 @@ class GrowingCatalog:
         return self._read()
 
     def _read(self) -> bool:
-        added = len(self.catalog) - len(self.base)
-        new: list[pa.Table] = []
-        while (path := self._path(added + len(new))).exists():
-            new.append(pq.read_table(path, schema=self.base.table.schema))
-        if new:
-            self.catalog = Catalog(pa.concat_tables([self.catalog.table, *new]))
-        return bool(new)
+        with self._reading:  # threads that append the same item each would shift all later ones
+            added = len(self.catalog) - len(self.base)
+            new: list[pa.Table] = []
+            while (path := self._path(added + len(new))).exists():
+                new.append(pq.read_table(path, schema=self.base.table.schema))
+            if new:
+                self.catalog = Catalog(pa.concat_tables([self.catalog.table, *new]))
+            return bool(new)
 
     def add(self, item_id: str, attributes: Mapping[str, str]) -> int:
         """Add one item for good; returns its index.
 
-        Raises DataError for an item_id that is there and for an attribute that is no text column.
+        Raises DataError for an item_id that is blank or there, and for an attribute that is no text column.
         """
+        if not item_id.strip():  # `rporec data build` refuses it
+            raise DataError("item_id: empty; give the item an id")
         schema = self.base.table.schema
         texts = {
             field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
@@ -59,8 +64,7 @@ class GrowingCatalog:
         temporary = self.folder / f".{uuid.uuid4().hex}.tmp"
         pq.write_table(table, temporary, compression="zstd")
         try:
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
             while True:
                 self._read()
                 if item_id in self.catalog.index:
@@ -70,6 +74,7 @@ class GrowingCatalog:
                     os.link(temporary, self._path(place))  # fails where another process was quicker
                 except FileExistsError:
                     continue
+                sync(self.folder)
                 self._read()
                 return len(self.base) + place
         finally:

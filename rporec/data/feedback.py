@@ -5,7 +5,6 @@ Many processes may append at once; a part is written whole under a name of its o
 
 from __future__ import annotations
 
-import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rporec.files import FolderWatch, replacing
+from rporec.files import FolderWatch, replacing, sync
 
 NO_CHOICE = ("dislike", "impression")  # events by which a user did not choose an item
 
@@ -53,8 +52,8 @@ class FeedbackLog:
         table = pa.Table.from_pylist([vars(reaction) for reaction in reactions], schema=SCHEMA)
         with replacing(self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(temporary)
+        sync(self.folder)
 
     def news(self) -> list[Reaction]:
         """The events of parts that this object has not returned yet, in the order of the parts."""

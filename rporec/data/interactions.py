@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +21,18 @@ import pyarrow.parquet as pq
 
 from rporec.data.catalog import Catalog
 from rporec.data.columns import IdColumn, NumberColumn, TimeColumn
-from rporec.data.errors import DataError, at
+from rporec.data.errors import DataError, Origin, at, locate
 from rporec.data.folder import Progress, check_free, new_folder, silent
+from rporec.data.items import read_catalog
 from rporec.data.order import stable_order
 from rporec.data.samples import FILES, SCHEMA_VERSION, SPLITS, Dataset
-from rporec.data.sources import check_file, count_rows, read_items, stream
+from rporec.data.sources import Given, Source, count_rows, open_sources, stream
 from rporec.data.splits import SplitRule, k_core, split_codes
 
 WORLD = "world.json"  # of a synthetic source; travels along so that its ceiling can be computed
+
+# Events that are no choice of the user: as a next item to predict they would teach what was refused or only shown.
+NO_CHOICE = ("dislike", "impression")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,50 +54,43 @@ class Log:
         return replace(self, **{name: array[rows] for name, array in arrays.items() if array is not None})
 
 
-def read_catalog(path: Path) -> Catalog:
-    """The items file as a catalogue; dictionary columns decoded, `item_id` turned into strings.
+def read_log(
+    files: Sequence[Path], catalog: Catalog, rule: SplitRule, progress: Progress
+) -> tuple[Log, dict[str, int]]:
+    """Stream the interactions files, one after the other, and count by event the rows left out.
 
-    Raises DataError for an empty or repeated item_id and for fewer than two items.
+    Raises DataError for the first row that cannot be used.
     """
-    table = read_items(path)
-    for place, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(field.type.value_type))
-        elif pa.types.is_string_view(field.type):
-            table = table.set_column(place, field.name, table.column(place).cast(pa.string()))
-    ids = IdColumn(path, "item_id")
-    ids.add(table.column("item_id").combine_chunks(), 1)
-    codes, values = ids.finish()
-    if len(values) < len(codes):
-        row = int(np.setdiff1d(np.arange(len(codes)), np.unique(codes, return_index=True)[1])[0])
-        item_id = values[codes[row]].as_py()
-        raise DataError(f"{at(path, 'item_id', row + 1)}: {item_id!r} stands there twice; keep one row per item")
-    if len(codes) < 2:
-        raise DataError(f"{path}: {len(codes)} item; a catalogue needs at least two to rank")
-    place = table.column_names.index("item_id")
-    return Catalog(table.set_column(place, "item_id", values.take(pa.array(codes))))
-
-
-def read_log(path: Path, catalog: Catalog, rule: SplitRule, progress: Progress) -> Log:
-    """Stream the interactions file. Raises DataError for the first row that cannot be used."""
     labelled = (rule.column,) if rule.kind == "column" else ()
-    users, items, times = IdColumn(path, "user_id"), IdColumn(path, "item_id"), TimeColumn(path, "timestamp")
+    users, items, times = IdColumn("user_id"), IdColumn("item_id"), TimeColumn("timestamp")
     columns: dict[str, Any] = {"user_id": users, "item_id": items, "timestamp": times}
-    optional = {"seq": NumberColumn(path, "seq", np.int64), "rating": NumberColumn(path, "rating", np.float32)}
-    labels = IdColumn(path, rule.column)
-    total = count_rows(path)
+    optional = {"seq": NumberColumn("seq", np.int64), "rating": NumberColumn("rating", np.float32)}
+    labels = IdColumn(rule.column)
+    lengths = [count_rows(file) for file in files]
+    total = None if None in lengths else sum(filter(None, lengths))
     rows = 0
     present: set[str] = set()
-    for batch in stream(path, ("user_id", "item_id", "timestamp", *labelled), ("seq", "rating")):
-        present.update(batch.schema.names)
-        for name, column in (columns | {n: c for n, c in optional.items() if n in present}).items():
-            column.add(batch.column(name), rows + 1)
-        for name in labelled:
-            labels.add(batch.column(name), rows + 1)
+    origins: list[Origin] = []
+    left_out: Counter[str] = Counter()
+    for batch, origin in _batches(files, (*columns, *labelled), tuple(optional)):
         rows += batch.num_rows
+        if "event" in batch.schema.names:
+            batch, origin = _choices(batch, origin, left_out)
+        origins.append(origin)
+        present.update(batch.schema.names)
+        for name, column in columns.items():
+            column.add(batch.column(name), origin)
+        for name, number in optional.items():
+            if name in batch.schema.names:
+                number.add(batch.column(name), origin)
+            else:
+                number.skip(batch.num_rows)
+        for name in labelled:
+            labels.add(batch.column(name), origin)
         progress("interactions", rows, total)
-    if rows == 0:
-        raise DataError(f"{path}: no interactions; give at least one row")
+    if rows == left_out.total():
+        names = ", ".join(map(str, files))
+        raise DataError(f"{names}: no interactions; give at least one row")
 
     user, user_ids = users.finish()
     order = pc.sort_indices(user_ids)
@@ -103,25 +102,54 @@ def read_log(path: Path, catalog: Catalog, rule: SplitRule, progress: Progress) 
         label = split_codes(texts.to_pylist())[codes]
         if (bad := int(np.argmin(label))) >= 0 and label[bad] < 0:
             text = texts[codes[bad]].as_py()
-            raise DataError(f"{at(path, rule.column, bad + 1)}: unknown split {text!r}; use {', '.join(SPLITS)}")
-    return Log(
+            raise DataError(f"{locate(origins, bad, rule.column)}: unknown split {text!r}; use {', '.join(SPLITS)}")
+    log = Log(
         user=rank[user],
-        item=_known_items(path, *items.finish(), catalog),
+        item=_known_items(origins, *items.finish(), catalog),
         time=times.finish(),
         seq=optional["seq"].finish() if "seq" in present else None,
         rating=optional["rating"].finish() if "rating" in present else None,
         label=label,
         user_ids=user_ids.take(order),
     )
+    return log, dict(sorted(left_out.items()))
 
 
-def _known_items(path: Path, codes: np.ndarray, values: pa.Array, catalog: Catalog) -> np.ndarray:
+def _batches(
+    files: Sequence[Path], required: tuple[str, ...], optional: tuple[str, ...]
+) -> Iterator[tuple[pa.RecordBatch, Origin]]:
+    for file in files:
+        done = 0
+        for batch in stream(file, required, optional, sparse=("event",)):
+            yield batch, Origin(file, range(done + 1, done + batch.num_rows + 1))
+            done += batch.num_rows
+
+
+def _choices(batch: pa.RecordBatch, origin: Origin, left_out: Counter[str]) -> tuple[pa.RecordBatch, Origin]:
+    """The rows that are choices of a user; adds the others to `left_out`."""
+    try:
+        events = batch.column("event").cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        kind = batch.column("event").type
+        raise DataError(f"{at(origin.path, 'event')}: type {kind}; use words such as click or dislike") from None
+    refused = pc.is_in(events, value_set=pa.array(NO_CHOICE))
+    for word in pc.value_counts(events.filter(refused)).to_pylist():
+        left_out[word["values"]] += word["counts"]
+    kept = np.flatnonzero(~refused.to_numpy(zero_copy_only=False))
+    if len(kept) == batch.num_rows:
+        return batch, origin
+    return batch.take(pa.array(kept)), Origin(origin.path, kept + origin.rows[0])
+
+
+def _known_items(origins: Sequence[Origin], codes: np.ndarray, values: pa.Array, catalog: Catalog) -> np.ndarray:
     known = pc.index_in(values, value_set=catalog.table.column("item_id").combine_chunks())
     item = known.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int32)[codes]
     if (item < 0).any():
         row = int(np.argmax(item < 0))
         unknown = values[codes[row]].as_py()
-        raise DataError(f"{at(path, 'item_id', row + 1)}: {unknown!r} is not in the items file; add it or drop the row")
+        raise DataError(
+            f"{locate(origins, row, 'item_id')}: {unknown!r} is not among the items; add it or drop the row"
+        )
     return item
 
 
@@ -137,8 +165,8 @@ def reduce_to_core(log: Log, catalog: Catalog, k: int) -> tuple[Log, Catalog]:
 
 
 def build(
-    interactions: Path | str,
-    items: Path | str,
+    interactions: Given,
+    items: Given,
     out: Path | str,
     *,
     split: str = "time",
@@ -147,14 +175,15 @@ def build(
     headline: Literal["exclude_history", "all"] = "exclude_history",
     progress: Progress | None = None,
 ) -> Dataset:
-    """Check the two files and write a data set into the folder `out`, which must not exist or be empty.
+    """Check the sources and write a data set into the folder `out`, which must not exist or be empty.
 
-    `seq` breaks ties of timestamps within a user, else the order in the file does. A sample is every interaction
-    with at least one before it of its user; see `SplitRule` for the splits. `window` is in items. With `k_core` > 0
-    the catalogue keeps only the items that remain, else all of the items file.
+    A source is a file or a folder of Parquet parts. `seq` breaks ties of timestamps within a user, else the order of
+    sources and rows does; rows of a file without `seq` stay behind the files before theirs. Rows whose `event` is in
+    NO_CHOICE are left out. A sample is every interaction with at least one before it of its user; see `SplitRule` for
+    the splits. `window` is in items. With `k_core` > 0 the catalogue keeps only the items that remain, else all.
     Raises DataError naming file, row and column; then nothing is left behind.
     """
-    interactions, items, out = Path(interactions), Path(items), Path(out)
+    out = Path(out)
     progress = progress or silent
     rule = SplitRule.parse(split)
     if window < 1:
@@ -162,17 +191,18 @@ def build(
     if k_core < 0:
         raise DataError(f"k-core {k_core}: use 0 for none, or a number above it")
     check_free(out)
-    for path in (items, interactions):
-        check_file(path)
+    chosen = open_sources(interactions)
+    described = open_sources(items)  # later: an item that was added meanwhile may have been chosen already
+    files = [file for source in chosen for file in source.files]
 
-    catalog = read_catalog(items)
+    catalog = read_catalog([file for source in described for file in source.files])
     progress("items", len(catalog), len(catalog))
-    log = read_log(interactions, catalog, rule, progress)
+    log, left_out = read_log(files, catalog, rule, progress)
     if k_core > 0:
         log, catalog = reduce_to_core(log, catalog, k_core)
     progress("samples", 0, None)
     keys = (log.time, log.user) if log.seq is None else (log.seq, log.time, log.user)
-    log = log.take(stable_order(*keys))  # stable: what is still tied stays in the order of the file
+    log = log.take(stable_order(*keys))  # stable: what is still tied stays in the order of the sources
     seconds = log.time // 10**6
     offsets = np.searchsorted(log.user, np.arange(len(log.user_ids) + 1))
     is_sample = np.ones(len(log.user), bool)
@@ -184,7 +214,8 @@ def build(
     counts = {name: int((sample_split == code).sum()) for code, name in enumerate(SPLITS)}
     for name in SPLITS[1:]:
         if not counts[name]:
-            raise DataError(f"{interactions}: split {split!r} leaves {name} without samples; use more data or another")
+            names = ", ".join(str(source.path) for source in chosen)
+            raise DataError(f"{names}: split {split!r} leaves {name} without samples; use more data or another")
     progress("samples", len(row), len(row))
 
     settings: dict[str, Any] = {"split": split, "window": window, "k_core": k_core, "headline": headline}
@@ -196,11 +227,17 @@ def build(
         rows["rating"] = log.rating
     manifest = {
         "schema_version": SCHEMA_VERSION,
-        "counts": {"users": len(log.user_ids), "items": len(catalog), "interactions": len(log.user), "samples": counts},
+        "counts": {
+            "users": len(log.user_ids),
+            "items": len(catalog),
+            "interactions": len(log.user),
+            "left_out": left_out,
+            "samples": counts,
+        },
         "settings": settings,
-        "catalogue": "items that remain in the k-core" if k_core else "every item of the items file",
+        "catalogue": "items that remain in the k-core" if k_core else "every item of the sources",
         "time": {"first": int(seconds.min()), "last": int(seconds.max())},
-        "inputs": {"interactions": _fingerprint(interactions), "items": _fingerprint(items)},
+        "inputs": {"interactions": [*map(_fingerprint, chosen)], "items": [*map(_fingerprint, described)]},
     }
     tables = {
         "users.parquet": pa.table({"user_id": log.user_ids, "interactions": np.diff(offsets)}),
@@ -208,12 +245,19 @@ def build(
         "samples.parquet": pa.table({"user": user, "row": row, "split": sample_split}),
     }
     del log, rows, keys
-    _write(out, manifest, catalog, tables, interactions.parent / WORLD, progress)
+    # The ceiling is that of the world's own interactions: what was added to them it does not know.
+    world = files[0].parent / WORLD if len(files) == len(described) == len(described[0].files) == 1 else None
+    _write(out, manifest, catalog, tables, world, progress)
     return Dataset.load(out)
 
 
 def _write(
-    out: Path, manifest: dict[str, Any], catalog: Catalog, tables: dict[str, pa.Table], world: Path, progress: Progress
+    out: Path,
+    manifest: dict[str, Any],
+    catalog: Catalog,
+    tables: dict[str, pa.Table],
+    world: Path | None,
+    progress: Progress,
 ) -> None:
     """Write next to `out`, then rename: whoever sees `out` sees all of it."""
     with new_folder(out) as partial:
@@ -222,15 +266,20 @@ def _write(
             progress("write", done, len(tables) + 1)
             pq.write_table(table, partial / name, compression="zstd", use_dictionary=False)
         names = list(FILES)
-        if world.is_file():
+        if world is not None and world.is_file():
             shutil.copyfile(world, partial / WORLD)
             names.append(WORLD)
-        manifest["outputs"] = {name: _fingerprint(partial / name) for name in names}
+        manifest["outputs"] = {name: _fingerprint(Source(partial / name, (partial / name,))) for name in names}
         (partial / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     progress("write", len(tables) + 1, len(tables) + 1)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+def _fingerprint(source: Source) -> dict[str, Any]:
+    """Name, bytes and SHA-256 of a file; of a folder those of all its parts, one after the other."""
+    digest = hashlib.sha256()
+    for part in source.files:
+        with part.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    size = sum(part.stat().st_size for part in source.files)
+    parts = {} if source.files == (source.path,) else {"parts": len(source.files)}
+    return {"file": source.path.name, **parts, "bytes": size, "sha256": digest.hexdigest()}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,43 @@ JSON = (".jsonl", ".ndjson", ".json")
 EXTENSIONS = (*DELIMITERS, *JSON, ".parquet")
 BLOCK = 1 << 24  # bytes; a single CSV or JSON row must fit into it
 ROWS = 1 << 18  # rows of a Parquet or slow JSON batch
+
+Given = Path | str | Sequence[Path | str]  # one source or several, each a file or a folder of Parquet parts
+
+
+@dataclass(frozen=True)
+class Source:
+    """What stands at `path`, a file or a folder, and the files to read for it, in order."""
+
+    path: Path
+    files: tuple[Path, ...]
+
+
+def open_sources(given: Given) -> list[Source]:
+    """The sources in the order given; of a folder its `*.parquet` as they are now, by name, without hidden ones.
+
+    Raises DataError for a file that `check_file` refuses, for one that is there twice and for a folder without parts.
+    """
+    paths = [given] if isinstance(given, str | Path) else given
+    if not paths:
+        raise DataError("no source; give at least one file or folder")
+    sources = [Source(path, _files(path)) for path in map(Path, paths)]
+    seen: set[Path] = set()
+    for file in (file for source in sources for file in source.files):
+        check_file(file)
+        if (real := file.resolve()) in seen:
+            raise DataError(f"{file}: given twice; name it once")
+        seen.add(real)
+    return sources
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    if not path.is_dir():
+        return (path,)
+    parts = sorted(part for part in path.glob("*.parquet") if not part.name.startswith(".") and part.is_file())
+    if not parts:
+        raise DataError(f"{path}: a folder without *.parquet; give a file, or a folder that holds parts")
+    return tuple(parts)
 
 
 def find_sources(folder: Path | str) -> tuple[Path, Path]:
@@ -48,7 +86,7 @@ def _only(folder: Path, stem: str) -> Path:
 def check_file(path: Path) -> None:
     """Raise DataError unless `path` is a file that is not empty and has an extension that is read here."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path")
+        raise DataError(f"{path}: no such file or folder; check the path")
     if path.suffix.lower() not in EXTENSIONS:
         raise DataError(f"{path}: unknown extension {path.suffix!r}; use one of {', '.join(EXTENSIONS)}")
     if path.stat().st_size == 0:
@@ -60,20 +98,23 @@ def count_rows(path: Path) -> int | None:
     return _open_parquet(path).metadata.num_rows if path.suffix.lower() == ".parquet" else None
 
 
-def stream(path: Path, required: tuple[str, ...], optional: tuple[str, ...] = ()) -> Iterator[pa.RecordBatch]:
+def stream(
+    path: Path, required: tuple[str, ...], optional: tuple[str, ...] = (), sparse: tuple[str, ...] = ()
+) -> Iterator[pa.RecordBatch]:
     """Batches of the required columns and of those optional ones that the file has.
 
-    CSV values come as strings, so that "007" stays an id; JSON and Parquet values in their own types.
+    CSV values come as strings, so that "007" stays an id; JSON and Parquet values in their own types. What optional
+    columns JSON has its first row decides; `sparse` names optional texts that any row may have or lack.
     Raises DataError for a missing column, a malformed row, text that is not UTF-8.
     """
     check_file(path)
     suffix = path.suffix.lower()
     if suffix in DELIMITERS:
-        yield from _stream_csv(path, required, optional)
+        yield from _stream_csv(path, required, optional + sparse)
     elif suffix in JSON:
-        yield from _stream_json(path, required, optional)
+        yield from _stream_json(path, required, optional, sparse)
     else:
-        yield from _stream_parquet(path, required, optional)
+        yield from _stream_parquet(path, required, optional + sparse)
 
 
 def read_items(path: Path) -> pa.Table:
@@ -88,13 +129,14 @@ def read_items(path: Path) -> pa.Table:
             table = _open_parquet(path).read()
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{path}: no readable Parquet file ({_first_line(error)}); write it again") from None
-        _choose(path, table.column_names, ("item_id",))
+        _choose(path, table.column_names, ("item_id",), tuple(table.column_names))
     elif suffix in JSON:
         table = pa.Table.from_batches([_columns(list(_json_rows(path)))])
         _choose(path, table.column_names, ("item_id",))
     else:
         delimiter = DELIMITERS[suffix]
-        _choose(path, _csv_header(path, delimiter), ("item_id",))
+        header = _csv_header(path, delimiter)
+        _choose(path, header, ("item_id",), tuple(header))
         types = {"item_id": pa.string(), "title": pa.string()}
         try:
             table = pacsv.read_csv(
@@ -198,16 +240,19 @@ def _is_utf8(raw: bytes) -> bool:
 # JSON lines
 
 
-def _stream_json(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
+def _stream_json(
+    path: Path, required: tuple[str, ...], optional: tuple[str, ...], sparse: tuple[str, ...]
+) -> Iterator[pa.RecordBatch]:
     first = next(_json_rows(path), None)
     if first is None:
         return
-    columns = _choose(path, list(first), required, optional)
+    columns = [*_choose(path, list(first), required, optional), *sparse]
     kinds = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     done = 0
-    if all(type(first[name]) in kinds for name in columns):
+    types = {name: type(first.get(name, "")) for name in columns}
+    if all(kind in kinds for kind in types.values()):
         options = pajson.ParseOptions(
-            explicit_schema=pa.schema([(name, kinds[type(first[name])]) for name in columns]),
+            explicit_schema=pa.schema([(name, kinds[kind]) for name, kind in types.items()]),
             unexpected_field_behavior="ignore",
             newlines_in_values=False,
         )

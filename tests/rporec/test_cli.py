@@ -242,7 +242,7 @@ FAULTS = {
     "null key": (HEADER + ROWS + ",i1,9\n", ITEMS, "interactions.csv: row 25, column 'user_id': empty"),
     "no time": (HEADER + ROWS + "u1,i1,soon\n", ITEMS, "row 25, column 'timestamp': 'soon' is no time"),
     "duplicate item": (HEADER + ROWS, ITEMS + "i2,Again\n", "items.csv: row 5, column 'item_id': 'i2' stands there"),
-    "unknown item": (HEADER + ROWS + "u1,i9,9\n", ITEMS, "row 25, column 'item_id': 'i9' is not in the items file"),
+    "unknown item": (HEADER + ROWS + "u1,i9,9\n", ITEMS, "row 25, column 'item_id': 'i9' is not among the items"),
     "empty split": (HEADER + "u0,i0,0\nu0,i1,1\n", ITEMS, "leaves train without samples"),
     "one item": (HEADER + ROWS, "item_id,title\ni0,One\n", "items.csv: 1 item; a catalogue needs at least two"),
     "not UTF-8": (HEADER + ROWS, ITEMS.encode() + b"i4,caf\xe9\n", "items.csv: row 5, column 'title': not UTF-8"),
@@ -279,6 +279,17 @@ def test_good_data_are_built_and_counted(rporec, here):
     status, said, complaints = rporec("data", "build", *put(here, HEADER + ROWS, ITEMS))
     assert (status, complaints) == (0, "")
     assert "built: 2 users, 4 items, 24 interactions" in said
+
+
+def test_several_sources_are_built_and_what_is_no_choice_is_told(rporec, here):
+    words = put(here, HEADER + ROWS, ITEMS)
+    (here / "more.csv").write_text("user_id,item_id,timestamp,event\nu1,i4,90,click\nu2,i4,91,dislike\n")
+    (here / "more_items.csv").write_text("item_id,title,genre\ni4,Item 4,g\n")
+    more = ["--interactions", "more.csv", "--items", "items.csv", "more_items.csv"]
+    status, said, complaints = rporec("data", "build", *words[:2], *more, *words[-2:])
+    assert (status, complaints) == (0, "")
+    assert "built: 2 users, 5 items, 25 interactions" in said
+    assert "left out: 1 dislike" in said
 
 
 def test_the_embedded_world_is_written_whole_or_not_at_all(rporec, refused, here):

@@ -16,6 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rporec.data import Catalog, DataError, Dataset, build, find_sources, is_built
+from rporec.data.added_items import GrowingCatalog
+from rporec.data.feedback import FeedbackLog, Reaction
 from rporec.data.order import stable_order
 
 ITEMS = [{"item_id": f"i{n}", "title": f"Item {n}", "brand": None} for n in range(6)]
@@ -229,7 +231,87 @@ def test_the_same_input_gives_the_same_bytes(tmp_path):
     first, second = (make(tmp_path / name, log()).manifest for name in "ab")
     assert first == second
     assert first["outputs"]["samples.parquet"]["bytes"] > 0
-    assert len(first["inputs"]["items"]["sha256"]) == 64
+    assert len(first["inputs"]["items"][0]["sha256"]) == 64
+
+
+# --- several sources ------------------------------------------------------------------------
+def put(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return path
+
+
+@settings(max_examples=30, deadline=None)
+@given(drawn=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 5), st.integers(0, 4)), min_size=30, max_size=40))
+def test_parts_of_a_folder_and_files_behind_it_make_the_data_set_of_one_file(drawn):
+    rows = [row(f"u{u}", f"i{i}", t) for u, i, t in drawn]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        parts = folder / "parts"
+        for number, start in enumerate(range(0, 20, 5)):
+            put(parts / f"{number:04d}.parquet", rows[start : start + 5])
+        for hidden in (".0000.parquet", "0000.parquet.tmp"):  # one that is being written
+            (parts / hidden).write_bytes(b"half")
+        more, items = write(folder / "more", rows[20:], "jsonl")
+        whole = make(folder / "whole", rows)
+        found = build([parts, more], str(items), folder / "out")
+        assert content(found) == content(whole)
+        assert [source.get("parts") for source in found.manifest["inputs"]["interactions"]] == [4, None]
+
+
+def test_each_file_has_its_own_unit_of_time_and_optional_columns(tmp_path):
+    seconds = [1_600_000_000 + n for n in range(20)]
+    old = put(tmp_path / "old.parquet", [row("u", "i0", s * 1000, seq=n, rating=4.0) for n, s in enumerate(seconds)])
+    new = put(tmp_path / "new.parquet", [row("u", "i1", s) for s in seconds])
+    third = put(tmp_path / "third.parquet", [row("u", "i2", s, seq=100) for s in seconds])
+    dataset = build([old, new, third], write(tmp_path, log(), "csv")[1], tmp_path / "out")
+    assert dataset.timestamps.tolist() == [s for s in seconds for _ in range(3)]
+    assert dataset.items.tolist() == [0, 1, 2] * 20  # without seq: behind the file before it
+    ratings = pq.read_table(tmp_path / "out" / "interactions.parquet").column("rating").to_numpy()
+    np.testing.assert_array_equal(ratings, [4, np.nan, np.nan] * 20)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl"])
+def test_what_a_user_refused_or_was_only_shown_is_no_choice(tmp_path, kind):
+    # The first row says nothing, as JSON does that leaves out what is null: the others' words count all the same.
+    words = [None, "click", "dislike", "impression", "impression", "purchase"]
+    rows = [row("u", f"i{n % 6}", n, event=words[n % 6]) for n in range(60)]
+    interactions, items = write(tmp_path / "raw", rows, kind)
+    if kind == "jsonl":
+        lean = [{name: value for name, value in r.items() if value is not None} for r in rows]
+        interactions.write_text("".join(json.dumps(r) + "\n" for r in lean))
+    dataset = build(interactions, items, tmp_path / "out")
+    assert dataset.manifest["counts"]["left_out"] == {"dislike": 10, "impression": 20}
+    assert dataset.items.tolist() == [0, 1, 5] * 10
+    assert len(dataset.catalog) == 6
+
+
+def test_items_of_several_sources_are_one_catalogue(tmp_path):
+    shop = write(tmp_path, log(), "parquet", [{**item, "year": 1990, "note": None} for item in ITEMS])[1]
+    live = tmp_path / "live"
+    put(live / "00000000.parquet", [{"item_id": "new", "title": "New", "note": "live"}])
+    put(live / "00000001.parquet", [{"item_id": "i3", "title": "Item 3", "brand": None, "year": 1990}])  # a copy
+    rows = put(tmp_path / "more.parquet", [row("u9", item, n) for n, item in enumerate(["new", "i1"])])
+    catalog = build([tmp_path / "interactions.parquet", rows], [shop, live], tmp_path / "out").catalog
+    assert catalog.ids == [*(f"i{n}" for n in range(6)), "new"]
+    assert catalog.table.column("year").to_pylist() == [1990] * 6 + [None]
+    assert catalog.text(6) == "New | live"
+
+
+def test_a_week_of_serving_closes_the_loop(tmp_path):
+    """What serving appended, read back by `build` as it lies there."""
+    interactions, items = write(tmp_path / "raw", log(), "parquet")
+    catalog = build(interactions, items, tmp_path / "first").catalog
+    GrowingCatalog(catalog, tmp_path / "items").add("live", {"title": "Live"})
+    feedback = FeedbackLog(tmp_path / "feedback")
+    feedback.append([Reaction("u0", "i2", 9_999, "dislike"), Reaction("u0", "live", 10_000, "like")])
+    feedback.append([Reaction("newcomer", "i1", 10_001, "click")])
+    again = build([interactions, tmp_path / "feedback"], [items, tmp_path / "items"], tmp_path / "next")
+    assert again.catalog.ids == [*catalog.ids, "live"]
+    assert again.user_ids == ["newcomer", "u0", "u1", "u2"]
+    assert again.catalog.ids[again.items[again.offsets[2] - 1]] == "live"
+    assert again.manifest["counts"]["left_out"] == {"dislike": 1}
+    assert again.manifest["counts"]["interactions"] == 20
 
 
 def test_sources_are_found_by_name(tmp_path):

@@ -31,7 +31,7 @@ FAULTS = {
     "not a number": (csv("u1,i1,nan"), ITEMS, ["row 25, column 'timestamp'"]),
     "mixed times": (csv("u1,i1,2020-01-01"), ITEMS, ["column 'timestamp': mixes numbers and dates"]),
     "duplicate item": (csv(), ITEMS + "i2,Again\n", ["items.csv: row 5, column 'item_id': 'i2' stands there twice"]),
-    "unknown item": (csv("u1,i9,9"), ITEMS, ["row 25, column 'item_id': 'i9' is not in the items file"]),
+    "unknown item": (csv("u1,i9,9"), ITEMS, ["row 25, column 'item_id': 'i9' is not among the items"]),
     "one item": (csv(), "item_id,title\ni0,One\n", ["items.csv: 1 item"]),
     "no rows": (HEADER + "\n", ITEMS, ["interactions.csv: no interactions"]),
     "empty file": ("", ITEMS, ["interactions.csv: the file is empty"]),
@@ -103,6 +103,7 @@ def test_a_parquet_fault_far_into_the_file_names_its_row(tmp_path):
             "user_id": ["u"] * count,
             "item_id": pa.array(["i1"] * (count - 1) + [None]),
             "timestamp": pa.array(range(count)),
+            "event": ["click", "impression"] * (count // 2 - 1) + ["click", "click"],
         }
     )
     pq.write_table(table, tmp_path / "interactions.parquet")
@@ -112,6 +113,71 @@ def test_a_parquet_fault_far_into_the_file_names_its_row(tmp_path):
     put(tmp_path / "interactions.parquet", "not parquet")
     with pytest.raises(DataError, match="no readable Parquet file"):
         build(*sources, tmp_path / "out")
+
+
+# --- several sources ------------------------------------------------------------------------
+def parts(folder: Path, *tables: list[dict]) -> Path:
+    folder.mkdir()
+    for number, rows in enumerate(tables):
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{number:04d}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("fault", "wanted"),
+    [
+        ({"user_id": None}, r"0001.parquet: row 4, column 'user_id': empty"),
+        ({"item_id": "i9"}, r"0001.parquet: row 4, column 'item_id': 'i9' is not among the items"),
+        ({"timestamp": None}, r"0001.parquet: row 4, column 'timestamp': empty"),
+        ({"seq": None}, r"0001.parquet: row 4, column 'seq': an empty value"),
+        ({"cut": "tomorrow"}, r"0001.parquet: row 4, column 'cut': unknown split 'tomorrow'"),
+    ],
+)
+def test_a_fault_in_a_part_is_told_with_the_parts_own_row(tmp_path, fault, wanted):
+    good = {"user_id": "u", "item_id": "i1", "timestamp": 5, "seq": 1, "cut": "train", "event": "click"}
+    shown = good | {"event": "impression", "item_id": "left out before anything is checked"}
+    folder = parts(tmp_path / "log", [shown, good, good], [good, shown, shown, good | fault, good], [good])
+    sources = [put(tmp_path / "old.csv", "\n".join([HEADER + ",cut", *(r + ",test" for r in GOOD)])), folder]
+    with pytest.raises(DataError, match=wanted):
+        build(sources, put(tmp_path / "items.csv", ITEMS), tmp_path / "out", split="column:cut")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_without_parts_and_a_file_given_twice_are_refused(tmp_path):
+    items, log = put(tmp_path / "items.csv", ITEMS), put(tmp_path / "log.csv", csv())
+    empty = parts(tmp_path / "empty")
+    put(empty / ".0000.parquet.7.tmp", "half")
+    with pytest.raises(DataError, match=r"empty: a folder without \*.parquet"):
+        build([log, empty], items, tmp_path / "out")
+    with pytest.raises(DataError, match=r"log.csv: given twice"):
+        build([log, tmp_path / "empty" / ".." / "log.csv"], items, tmp_path / "out")
+    with pytest.raises(DataError, match="no source"):
+        build([], items, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("live", "wanted"),
+    [
+        (
+            [{"item_id": "i2", "title": "Other"}],
+            r"0001.parquet: row 1, column 'title': 'i2' differs from .*items.csv: row 3",
+        ),
+        ([{"item_id": "i2", "title": "Item 2", "brand": "b"}], r"0001.parquet: row 1, column 'brand': 'i2' differs"),
+        ([{"item_id": "i9", "title": 5}], r"0001.parquet: column 'title': int64, but string in .*items.csv"),
+        ([{"item_id": None, "title": "x"}], r"0001.parquet: row 1, column 'item_id': empty"),
+        ([{"item_id": "i9"}, {"item_id": "i9"}], r"0001.parquet: row 2, column 'item_id': 'i9' stands there twice"),
+    ],
+)
+def test_items_that_contradict_each_other_are_named_with_both_files(tmp_path, live, wanted):
+    folder = parts(tmp_path / "live", [{"item_id": "i8", "title": "Fine"}], live)
+    with pytest.raises(DataError, match=wanted):
+        build(put(tmp_path / "log.csv", csv()), [put(tmp_path / "items.csv", ITEMS), folder], tmp_path / "out")
+
+
+def test_a_column_of_items_that_stands_twice_is_refused(tmp_path):
+    items = put(tmp_path / "items.csv", "item_id,title,title\ni0,a,b\ni1,a,b\n")
+    with pytest.raises(DataError, match="column 'title': stands there 2 times"):
+        build(put(tmp_path / "log.csv", csv()), items, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
