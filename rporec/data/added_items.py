@@ -37,7 +37,7 @@ class GrowingCatalog:
     def _read(self) -> bool:
         with self._reading:  # threads that append the same item each would shift all later ones
             added = len(self.catalog) - len(self.base)
-            new = []
+            new: list[pa.Table] = []
             while (path := self._path(added + len(new))).exists():
                 new.append(pq.read_table(path, schema=self.base.table.schema))
             if new:
