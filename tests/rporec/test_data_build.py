@@ -301,6 +301,7 @@ def test_items_of_several_sources_are_one_catalogue(tmp_path):
 def test_a_week_of_serving_closes_the_loop(tmp_path):
     """What serving appended, read back by `build` as it lies there."""
     interactions, items = write(tmp_path / "raw", log(), "parquet")
+    (tmp_path / "raw" / "world.json").write_text("{}")
     catalog = build(interactions, items, tmp_path / "first").catalog
     GrowingCatalog(catalog, tmp_path / "items").add("live", {"title": "Live"})
     feedback = FeedbackLog(tmp_path / "feedback")
@@ -312,6 +313,8 @@ def test_a_week_of_serving_closes_the_loop(tmp_path):
     assert again.catalog.ids[again.items[again.offsets[2] - 1]] == "live"
     assert again.manifest["counts"]["left_out"] == {"dislike": 1}
     assert again.manifest["counts"]["interactions"] == 20
+    # A synthetic world's ceiling is known for its own interactions alone.
+    assert [(tmp_path / name / "world.json").exists() for name in ("first", "next")] == [True, False]
 
 
 def test_sources_are_found_by_name(tmp_path):
