@@ -17,7 +17,9 @@ MAX_K = 1000  # items of one answer
 MAX_HISTORY = 20_000  # items of one request; the head reads the newest of its window
 MAX_BATCH = 64  # requests of one `recommend:batch`
 
-ItemId = Annotated[str, Field(min_length=1, max_length=256)]
+LATEST = 10**11 - 1  # seconds: a larger number is in milliseconds, and not meant
+
+Id = Annotated[str, Field(max_length=256, pattern=r"\S")]
 
 
 class Message(BaseModel):
@@ -27,18 +29,18 @@ class Message(BaseModel):
 class Event(Message):
     """One raw event of a history; events are put in the order of their timestamps."""
 
-    item_id: ItemId
-    timestamp: int | None = Field(None, ge=-(2**53), le=2**53, description="seconds since 1970")
+    item_id: Id
+    timestamp: int | None = Field(None, ge=0, le=LATEST, description="seconds since 1970")
 
 
 class RecommendRequest(Message):
     """For a user by a history, oldest first, or by the id of a user whom the data set or the feedback log knows."""
 
-    history: Annotated[list[ItemId | Event], Field(max_length=MAX_HISTORY)] | None = None
-    user_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    history: Annotated[list[Id | Event], Field(max_length=MAX_HISTORY)] | None = None
+    user_id: Id | None = None
     k: int = Field(10, ge=1, le=MAX_K)
     reason: bool = Field(True, description="let the language model reason first; else the history alone decides")
-    exclude: list[ItemId] = Field([], max_length=MAX_HISTORY, description="items that must not appear")
+    exclude: list[Id] = Field([], max_length=MAX_HISTORY, description="items that must not appear")
     exclude_history: bool = Field(True, description="leave out what the history holds")
     filters: dict[str, list[str]] = Field(
         {}, max_length=16, description="per catalogue column the values of which an item must have one"
@@ -92,7 +94,7 @@ class ItemList(Message):
 class NewItem(Message):
     """Attributes of columns that the catalogue lacks are refused."""
 
-    item_id: ItemId
+    item_id: Id
     title: str = Field("", max_length=2_000)
     attributes: dict[str, Annotated[str, Field(max_length=10_000)]] = Field({}, max_length=64)
 
@@ -107,10 +109,10 @@ class UserList(Message):
 
 
 class Feedback(Message):
-    user_id: Annotated[str, Field(min_length=1, max_length=256)]
-    item_id: ItemId
+    user_id: Id
+    item_id: Id
     event: str = Field("click", pattern=r"^[a-z][a-z0-9_]{0,31}$", description="like, dislike, click, purchase, …")
-    timestamp: int | None = Field(None, ge=0, le=2**53, description="seconds since 1970; null: now")
+    timestamp: int | None = Field(None, ge=0, le=LATEST, description="seconds since 1970; null: now")
 
 
 class Accepted(Message):
