@@ -13,6 +13,7 @@ import numpy as np
 from rporec.data import Catalog, DataError, Dataset
 from rporec.data.added_items import GrowingCatalog
 from rporec.data.feedback import NO_CHOICE, FeedbackLog, Reaction
+from rporec.text.completion import TAGS, parse
 from serve.schema import Event, Feedback, Item, NewItem, RecommendRequest, RecommendResponse, ScoredItem, User
 
 TRIES = 4  # of one call, each on another replica when the last one died
@@ -175,9 +176,7 @@ class Service:
         done = time.monotonic()
         if len(ranked.items) < request.k:
             asked.warnings.append(f"k: only {len(ranked.items)} items are left to recommend")
-        from rporec.text.completion import parse
-
-        written = parse(thought.text) if thought else None
+        cot, answer = _read(thought.text, asked.warnings) if thought else (None, None)
         timings = {"retrieve": done - ranking, "total": done - asked.began} | (
             {"reason": ranking - asked.began} if thought or fallback in ("timeout", "reasoner_unavailable") else {}
         )
@@ -186,8 +185,8 @@ class Service:
                 ScoredItem(item_id=catalog.ids[item], title=catalog.title(item), score=score)
                 for item, score in zip(ranked.items, ranked.scores, strict=True)
             ],
-            cot=written and written.cot.strip(),
-            answer=written and written.answer.strip(),
+            cot=cot,
+            answer=answer,
             version=ranked.version,
             fallback=fallback,  # type: ignore[arg-type]
             warnings=asked.warnings,
@@ -276,6 +275,17 @@ class Users:
         for reaction in self._log.news():
             if reaction.event not in NO_CHOICE:
                 self._since.setdefault(reaction.user_id, []).append(reaction.item_id)
+
+
+def _read(text: str, warnings: list[str]) -> tuple[str, str | None]:
+    """(thought, answer) for people; of a malformed completion the whole text without its tags, and no answer."""
+    written = parse(text)
+    if written.format:
+        return written.cot.strip(), written.answer.strip()
+    warnings.append("reasoning: malformed, so it counted for little or nothing")
+    for tag in TAGS:
+        text = text.replace(tag, " ")
+    return text.strip(), None
 
 
 def described(catalog: Catalog, item: int) -> Item:
