@@ -176,7 +176,7 @@ class Service:
         done = time.monotonic()
         if len(ranked.items) < request.k:
             asked.warnings.append(f"k: only {len(ranked.items)} items are left to recommend")
-        cot, answer = _read(thought.text, asked.warnings) if thought else (None, None)
+        cot, answer = readable(thought.text, asked.warnings) if thought else (None, None)
         timings = {"retrieve": done - ranking, "total": done - asked.began} | (
             {"reason": ranking - asked.began} if thought or fallback in ("timeout", "reasoner_unavailable") else {}
         )
@@ -277,7 +277,7 @@ class Users:
                 self._since.setdefault(reaction.user_id, []).append(reaction.item_id)
 
 
-def _read(text: str, warnings: list[str]) -> tuple[str, str | None]:
+def readable(text: str, warnings: list[str]) -> tuple[str, str | None]:
     """(thought, answer) for people; of a malformed completion the whole text without its tags, and no answer."""
     written = parse(text)
     if written.format:

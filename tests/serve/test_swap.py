@@ -30,6 +30,7 @@ from rporec.promotion import Promoted, promote, promoted, roll_back
 from rporec.recipes.rporec import RPORec
 from rporec.run import Run
 from rporec.text.completion import parse
+from serve.service import readable
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
 
@@ -121,7 +122,7 @@ class Expected:
                     scores[seen] = -np.inf
                     ids = [self.dataset.catalog.ids[item] for item in np.argsort(-scores, kind="stable")[:K]]
                     key = (self.dataset.user_ids[user], text is not None)
-                    answers[key] = (text if text is None else parsed.cot.strip(), ids)
+                    answers[key] = (text if text is None else readable(text, [])[0], ids)
             engine.close()
             self._known[version] = answers
         return self._known[version]
