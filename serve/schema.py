@@ -55,9 +55,15 @@ class BatchRequest(Message):
     requests: list[RecommendRequest] = Field(min_length=1, max_length=MAX_BATCH)
 
 
-class ScoredItem(Message):
+class Item(Message):
+    """`attributes`: the catalogue's other text columns that are not blank."""
+
     item_id: str
     title: str
+    attributes: dict[str, str]
+
+
+class ScoredItem(Item):
     score: float
 
 
@@ -77,14 +83,6 @@ class RecommendResponse(Message):
 
 class BatchResponse(Message):
     responses: list[RecommendResponse]
-
-
-class Item(Message):
-    """`attributes`: the catalogue's other text columns that are not blank."""
-
-    item_id: str
-    title: str
-    attributes: dict[str, str]
 
 
 class ItemList(Message):

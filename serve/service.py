@@ -182,7 +182,7 @@ class Service:
         )
         return RecommendResponse(
             items=[
-                ScoredItem(item_id=catalog.ids[item], title=catalog.title(item), score=score)
+                ScoredItem(**described(catalog, item).model_dump(), score=score)
                 for item, score in zip(ranked.items, ranked.scores, strict=True)
             ],
             cot=cot,
