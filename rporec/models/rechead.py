@@ -338,17 +338,14 @@ class RecHead(nn.Module):
         It shares the networks of this one, and is frozen if this one is.
         Raises ConfigError when an item of the head's catalogue is missing.
         """
-        missing = [item for item in self.catalog.ids if item not in catalog.index]
-        if missing:
-            raise ConfigError(
-                f"RecHead: the new catalogue lacks {len(missing)} items, such as {missing[0]}; add, never remove"
-            )
-        rows = np.array([catalog.index[item] for item in self.catalog.ids], dtype=np.int64)
-        new = np.setdiff1d(np.arange(len(catalog)), rows)
+        rows = self._rows_in(catalog)
+        new = np.setdiff1d(np.arange(len(catalog)), rows, assume_unique=True)
         source = np.argsort(np.concatenate([rows, new]))  # of each item among the old and then the new
         texts = Catalog(catalog.table.take(new))
         added = self.vocabulary.encode([texts.text(item) for item in range(len(new))])
-        words = Ragged(self.item_words.cpu().numpy(), self.item_offsets.cpu().numpy()).joined(added).take(source)
+        words = Ragged(self.item_words.cpu().numpy(), self.item_offsets.cpu().numpy()).joined(added)
+        if not _in_order(source):
+            words = words.take(source)
         device = self.item_words.device
         replaced: list[tuple[Any, Any]] = [
             (self.catalog, catalog),
@@ -367,6 +364,17 @@ class RecHead(nn.Module):
         shared = [(part, part) for part in (*self.parameters(), *self.buffers(), self.vocabulary, self.config)]
         # A copy in which each `old` has become its `new`, for a copy is what the memo says it is.
         return copy.deepcopy(self, {id(old): new for old, new in shared + replaced})
+
+    def _rows_in(self, catalog: Catalog) -> np.ndarray:
+        """Index in `catalog` of each item, int64 [N]."""
+        if catalog.begins_with(self.catalog):
+            return np.arange(len(self.catalog))
+        missing = [item for item in self.catalog.ids if item not in catalog.index]
+        if missing:
+            raise ConfigError(
+                f"RecHead: the new catalogue lacks {len(missing)} items, such as {missing[0]}; add, never remove"
+            )
+        return np.array([catalog.index[item] for item in self.catalog.ids], dtype=np.int64)
 
     def save(self, folder: Path | str) -> None:
         """Write `head.json` and `head.safetensors`; an existing folder is replaced as a whole."""
@@ -469,7 +477,11 @@ class ItemVectors:
 
 def _joined(old: torch.Tensor, new: torch.Tensor, source: np.ndarray) -> torch.Tensor:
     both = torch.cat([old, new])
-    return both if np.array_equal(source, np.arange(len(source))) else both[source]
+    return both if _in_order(source) else both[source]
+
+
+def _in_order(source: np.ndarray) -> bool:
+    return np.array_equal(source, np.arange(len(source)))
 
 
 def catalog_hash(catalog: Catalog) -> str:

@@ -90,8 +90,7 @@ class Recommender:
 
         The index stays of its kind and is not built anew. Raises ConfigError when an item has moved.
         """
-        ids = self.catalog.table.column("item_id")
-        if not catalog.table.column("item_id").slice(0, len(ids)).equals(ids):
+        if not catalog.begins_with(self.catalog):
             raise ConfigError("Recommender: the new catalogue does not begin with all the items of the old one")
         head = self.head.with_catalog(catalog)
         return Recommender(head, index=self.index.grown(head.item_vectors().matrix.numpy()))
