@@ -24,6 +24,7 @@ BENCHMARKS = {
     "async": "async_training",
     "control-plane": "control_plane",
     "packing": "packing",
+    "retrieval": "retrieval",
     "reward": "reward",
     "serve": "serving",
     "weights": "weights",

@@ -60,6 +60,11 @@ class Catalog:
         texts = [self._texts(column)[item] for column in self.text_columns]
         return " | ".join(text for text in texts if text) or self.ids[item]
 
+    def begins_with(self, other: Catalog) -> bool:
+        """Whether the first items are those of `other`, in its order."""
+        ids = other.table.column("item_id")
+        return self.table.column("item_id").slice(0, len(ids)).equals(ids)
+
     @classmethod
     def read(cls, path: Path | str) -> Catalog:
         """Read what `write` wrote. Raises DataError when the file is not a catalogue."""

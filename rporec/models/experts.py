@@ -7,8 +7,8 @@ scalars than a search on the ranking metric itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -18,6 +18,7 @@ import scipy.sparse as sp
 from rporec.evaluation.cold import rows_of as rows_of
 from rporec.evaluation.ranking import ndcg, ranks
 from rporec.models.head_inputs import HeadInputs
+from rporec.models.text_neighbours import TextVectors, widened
 
 if TYPE_CHECKING:
     from rporec.data import Catalog, Dataset
@@ -26,7 +27,6 @@ LAGS = 10  # farthest pair of a user's interactions that makes a rule
 RECENT = 5  # newest history items that rules and neighbours start from, weights falling linearly
 SHRINKAGE = 5.0  # added to a rule's support, so that one lucky pair is no certainty
 TINY = 1e-12  # keeps a row of zeros from being divided by zero
-NEIGHBOURS = 200  # text neighbours kept per item
 FRESH_SHARES = {"popularity_fast": 0.02, "popularity": 0.2}  # the half-life holds this share of interactions
 GRID = (0.0, *(2.0**power for power in range(-5, 6)))
 REFINE = (0.5, 0.7, 0.85, 1.2, 1.4)  # of the present scalar, tried beside the grid
@@ -43,6 +43,8 @@ class Experts:
     items: np.ndarray  # int32 [I], interactions in time order
     times: np.ndarray  # int64 [I], seconds
     half_lives: dict[str, float]  # seconds
+    fitted: int  # items at the time; those that joined later have no rules and do not change their scale
+    texts: TextVectors | None = field(default=None, repr=False)  # what newcomers are compared with, once there are any
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -57,34 +59,71 @@ class Experts:
         half_lives = {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()}
         return cls(
             _transitions(dataset, rows),
-            text_neighbours(dataset.catalog),
+            TextVectors.fit([dataset.catalog.text(item) for item in range(len(dataset.catalog))]).neighbours(),
             dataset.items[rows][order].astype(np.int32),
             times.astype(np.int64),
             half_lives,
+            len(dataset.catalog),
         )
 
     def features(self, inputs: HeadInputs) -> dict[str, np.ndarray]:
         """What each expert says: name -> float32 [B, N], from 0 to 1, 1 the most."""
-        recent = _recent(inputs.seen, self.rules.shape[0])
-        surprise = (recent.multiply(1 / self._support).tocsr() @ self.rules).toarray()
-        surprise = np.log1p(surprise / np.maximum(surprise.mean(axis=1, keepdims=True), TINY))
-        result = {"rules": _relative(surprise), "text_knn": (recent @ self.neighbours).toarray()}
-        for name, half_life in self.half_lives.items():
-            result[name] = _relative(self._popularity(inputs.time, half_life))
-        result["in_history"], result["last_item"] = _history(inputs.seen, self.rules.shape[0])
+        sparse = self._sparse(inputs, self.names)
+        shared, which = self._shared(inputs.time, self.names)
+        return {name: shared[name][which] if name in shared else sparse[name].toarray() for name in self.names}
+
+    def weigh(self, inputs: HeadInputs, weights: Mapping[str, float]) -> WeightedExperts:
+        """Their sum, each times its weight (missing: 0)."""
+        used = {name: np.float32(weights[name]) for name in self.names if weights.get(name)}
+        sparse = self._sparse(inputs, used)
+        for name, part in sparse.items():
+            part.data *= used[name]
+        parts, which = self._shared(inputs.time, used)
+        shared = np.zeros((which.max(initial=-1) + 1, self.rules.shape[0]), dtype=np.float32)
+        for name, table in parts.items():
+            shared += used[name] * table
+        return WeightedExperts(tuple(sparse.values()), shared, which)
+
+    def _sparse(self, inputs: HeadInputs, names: Collection[str]) -> dict[str, sp.csr_matrix]:
+        """Those of the experts `names` that are silent about most items: name -> float32 [B, N]."""
+        size = self.rules.shape[0]
+        result = {}
+        recent = _recent(inputs.seen, size)
+        if "rules" in names:
+            shrunken = sp.csr_matrix(
+                (recent.data / self._support[recent.indices], recent.indices, recent.indptr), recent.shape
+            )
+            result["rules"] = _surprise(shrunken @ self.rules, self.fitted)
+        if "text_knn" in names:
+            result["text_knn"] = recent @ self.neighbours
+        if "in_history" in names:
+            result["in_history"] = _ones([np.unique(items) for items in inputs.seen], size)
+        if "last_item" in names:
+            result["last_item"] = _ones([items[-1:] for items in inputs.seen], size)
         return result
+
+    def _shared(self, times: np.ndarray, names: Collection[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Popularities among `names`, name -> float32 [T, N] for T different pasts, and the past of each time [B]."""
+        ends, which = np.unique(np.searchsorted(self.times, times, side="left"), return_inverse=True)
+        if ends.tolist() == [len(self.times)]:  # as serving always asks
+            return {name: self._newest[name] for name in self.half_lives if name in names}, which
+        return {name: self._popularity(ends, self.half_lives[name]) for name in self.half_lives if name in names}, which
+
+    @cached_property
+    def _newest(self) -> dict[str, np.ndarray]:
+        ends = np.array([len(self.times)])
+        return {name: self._popularity(ends, half_life) for name, half_life in self.half_lives.items()}
 
     @cached_property
     def _support(self) -> np.ndarray:
         return np.asarray(self.rules.sum(axis=1)).ravel() + SHRINKAGE
 
-    def _popularity(self, times: np.ndarray, half_life: float) -> np.ndarray:
-        """Interactions strictly before each time, halved for each half-life of age; float32 [B, N].
+    def _popularity(self, ends: np.ndarray, half_life: float) -> np.ndarray:
+        """Of the first `end` interactions, halved for each half-life of age, relative to the most popular; [T, N].
 
-        Age counts from the newest of them: a row is divided by its maximum, so silence since then
-        would cancel, or underflow.
+        ends: int [T], ascending. Age counts from the newest of them: a row is divided by its maximum, so
+        silence since then would cancel, or underflow.
         """
-        ends, row = np.unique(np.searchsorted(self.times, times, side="left"), return_inverse=True)
         state, start, last = np.zeros(self.rules.shape[0]), 0, 0
         table = np.zeros((len(ends), len(state)), dtype=np.float32)
         for number, end in enumerate(ends):
@@ -94,18 +133,29 @@ class Experts:
                 np.add.at(state, self.items[start:end], np.exp2(-(now - self.times[start:end]) / half_life))
                 start, last = end, now
             table[number] = state
-        return table[row]
+        return table / np.maximum(table.max(axis=1, keepdims=True), np.float32(TINY))
 
     def with_catalog(self, catalog: Catalog, rows: np.ndarray) -> Experts:
-        """The same experts over a larger catalogue; `rows[i]` is the new index of the old item i."""
-        rules = self.rules.tocoo()
+        """The same experts over a larger catalogue; `rows[i]` is the new index of the old item i.
+
+        Newcomers get text neighbours and become such; between old items nothing changes.
+        """
         size = len(catalog)
-        moved = sp.csr_matrix((rules.data, (rows[rules.row], rows[rules.col])), shape=(size, size), dtype=np.float32)
-        return replace(self, rules=moved, neighbours=text_neighbours(catalog), items=rows[self.items].astype(np.int32))
+        new = np.setdiff1d(np.arange(size), rows)
+        texts = self.texts or TextVectors.fit([catalog.text(item) for item in rows])
+        texts, neighbours = texts.join([catalog.text(item) for item in new], self.neighbours)
+        places = np.concatenate([rows, new])
+        return replace(
+            self,
+            rules=_moved(self.rules, rows, size),
+            neighbours=_moved(neighbours, places, size),
+            items=rows[self.items].astype(np.int32),
+            texts=texts.take(np.argsort(places)),
+        )
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything but `half_lives` as plain arrays, for `from_arrays`."""
-        result = {"items": self.items, "times": self.times}
+        result = {"items": self.items, "times": self.times, "fitted": np.array(self.fitted)}
         for name, matrix in (("rules", self.rules), ("neighbours", self.neighbours)):
             result |= {
                 f"{name}.data": matrix.data.astype(np.float32),
@@ -120,7 +170,33 @@ class Experts:
             data, indices, indptr = (arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr"))
             return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, len(indptr) - 1))
 
-        return cls(matrix("rules"), matrix("neighbours"), arrays["items"], arrays["times"], dict(half_lives))
+        rules = matrix("rules")
+        fitted = int(arrays.get("fitted", rules.shape[0]))  # heads of before say nothing: theirs never grew
+        return cls(rules, matrix("neighbours"), arrays["items"], arrays["times"], dict(half_lives), fitted)
+
+
+@dataclass(frozen=True)
+class WeightedExperts:
+    """Weighted sum of the experts for B samples with T different pasts: that of `sparse`, and `shared[which]`."""
+
+    sparse: tuple[sp.csr_matrix, ...]  # float32 [B, N] each
+    shared: np.ndarray  # float32 [T, N], popularity
+    which: np.ndarray  # int [B]
+
+    def scores(self) -> np.ndarray:
+        """Of the whole catalogue, float32 [B, N]."""
+        result = self.shared[self.which]
+        for part in self.sparse:
+            result += part.toarray()
+        return result
+
+    def own(self, sample: int) -> tuple[np.ndarray, np.ndarray]:
+        """(items that one sample's history speaks for, int [M], ascending; what `sparse` gives them, float32 [M])."""
+        rows = [slice(*part.indptr[sample : sample + 2]) for part in self.sparse]
+        found = [part.indices[row] for part, row in zip(self.sparse, rows, strict=True)]
+        given = [part.data[row] for part, row in zip(self.sparse, rows, strict=True)]
+        items, place = np.unique(np.concatenate([*found, np.zeros(0, np.int32)]), return_inverse=True)
+        return items, np.bincount(place, np.concatenate([*given, np.zeros(0)]), len(items)).astype(np.float32)
 
 
 def _transitions(dataset: Dataset, rows: np.ndarray) -> sp.csr_matrix:
@@ -135,49 +211,42 @@ def _transitions(dataset: Dataset, rows: np.ndarray) -> sp.csr_matrix:
     return total.tocsr()
 
 
-def text_neighbours(catalog: Catalog, keep: int = NEIGHBOURS) -> sp.csr_matrix:
-    """float32 [N, N]: TF-IDF cosine of each item with its `keep` nearest others, 0 elsewhere."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    size = len(catalog)
-    texts = [catalog.text(item) for item in range(size)]
-    if not any(text.strip() for text in texts):
-        return sp.csr_matrix((size, size), dtype=np.float32)
-    vectoriser = TfidfVectorizer(token_pattern=r"(?u)\w+", sublinear_tf=True, dtype=np.float32)
-    vectors = vectoriser.fit_transform(texts)
-    blocks = []
-    for start in range(0, size, 512):
-        block = (vectors[start : start + 512] @ vectors.T).toarray()
-        block[np.arange(len(block)), start + np.arange(len(block))] = 0
-        if keep < size:
-            threshold = np.partition(block, size - keep, axis=1)[:, size - keep]
-            block[block < threshold[:, None]] = 0
-        blocks.append(sp.csr_matrix(block))
-    return sp.vstack(blocks, format="csr", dtype=np.float32)
+def _moved(matrix: sp.csr_matrix, places: np.ndarray, size: int) -> sp.csr_matrix:
+    """[size, size] with row and column i of `matrix` at `places[i]`."""
+    if np.array_equal(places, np.arange(len(places))):
+        return widened(matrix, size, size)
+    entries = matrix.tocoo()
+    return sp.csr_matrix((entries.data, (places[entries.row], places[entries.col])), shape=(size, size))
 
 
 def _recent(seen: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
     """float32 [B, N]: weight of each newest history item, rows sum to 1 (or 0 without a history)."""
     newest = [items[-RECENT:][::-1] for items in seen]
-    lengths = np.array([len(items) for items in newest])
     weights = 1 - np.arange(RECENT) / RECENT
-    data = np.concatenate([weights[:n] / weights[:n].sum() for n in lengths] or [weights[:0]])
-    columns = np.concatenate(newest or [np.zeros(0, np.int32)])
-    rows = np.repeat(np.arange(len(newest)), lengths)
-    return sp.csr_matrix((data.astype(np.float32), (rows, columns)), shape=(len(newest), size))
+    data = [weights[: len(items)] / weights[: len(items)].sum() for items in newest]
+    return _rows(newest, data, size)
 
 
-def _history(seen: Sequence[np.ndarray], size: int) -> tuple[np.ndarray, np.ndarray]:
-    known, last = np.zeros((2, len(seen), size), dtype=np.float32)
-    for row, items in enumerate(seen):
-        known[row, items] = 1
-        last[row, items[-1:]] = 1
-    return known, last
+def _ones(items: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
+    return _rows(items, [np.ones(len(row)) for row in items], size)
 
 
-def _relative(values: np.ndarray) -> np.ndarray:
-    """Each row divided by its maximum."""
-    return (values / np.maximum(values.max(axis=1, keepdims=True), TINY)).astype(np.float32)
+def _rows(columns: Sequence[np.ndarray], data: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
+    """float32 [B, size] from the columns and entries of each row; a column that stands twice counts twice."""
+    indptr = np.cumsum([0, *map(len, columns)])
+    indices = np.concatenate([*columns, np.zeros(0)]).astype(np.int32)
+    return sp.csr_matrix(
+        (np.concatenate([*data, np.zeros(0)]).astype(np.float32), indices, indptr), (len(columns), size)
+    )
+
+
+def _surprise(values: sp.csr_matrix, size: int) -> sp.csr_matrix:
+    """ln(1 + x / the mean of a row over `size` items), relative to the row's maximum; 0 stays 0."""
+    mean = np.maximum(np.asarray(values.sum(axis=1)).ravel() / size, TINY)
+    largest = np.maximum(np.log1p(values.max(axis=1).toarray().ravel() / mean), TINY)
+    counts = np.diff(values.indptr)
+    data = np.log1p(values.data / np.repeat(mean, counts)) / np.repeat(largest, counts)
+    return sp.csr_matrix((data.astype(np.float32), values.indices, values.indptr), values.shape)
 
 
 def search_weights(

@@ -14,12 +14,14 @@ Left out of the paper's head: its frozen pretrained item encoder. Without one, E
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +31,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from rporec.config import ConfigError, HeadConfig
+from rporec.data import Catalog
 from rporec.files import replacing
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.text_encoder import Ragged, TextEncoder, Vocabulary
-
-if TYPE_CHECKING:
-    from rporec.data import Catalog
 
 SCORE_BATCH = 512  # samples scored at once
 TEXT_SCALE = 3.0  # norm of a text's vector at the start: an exact match then scores 9, a stranger about 0
@@ -131,21 +131,31 @@ class RecHead(nn.Module):
     def freeze(self) -> RecHead:
         """This head for scoring alone: the items' vectors are computed once and for all."""
         self.eval().requires_grad_(False)
-        self._frozen_items = self.item_vectors()
+        self._frozen_items = self.item_vectors().packed()
         return self
 
     def item_vectors(self) -> ItemVectors:
         """All N items as the networks see them; costs one pass over the catalogue's words unless frozen."""
         if self._frozen_items is not None:
             return self._frozen_items
-        text = self.answer_encoder(self.item_words, self.item_offsets)
+        items = self._by_words(self.item_words, self.item_offsets)
+        if items.bias is None:  # without a table of items there is no more to add
+            return items
+        full = items.full + self.item_table * self.known[:, None]
+        return self._items(items.text, full, full, items.bias + self.item_bias * self.known)
+
+    def _by_words(self, words: torch.Tensor, offsets: torch.Tensor) -> ItemVectors:
+        """M items that training never showed; words: int64 [T], offsets: int64 [M + 1], as in `Ragged`."""
+        text = self.answer_encoder(words, offsets)
         if self.config.history == "text":
-            past = self.history_encoder(self.item_words, self.item_offsets)
-            return ItemVectors(text=text, full=text, past=past, bias=None)
-        known = self.known[:, None]
-        full = self.text_projection(text) + self.item_table * known
-        bias = self.item_bias * self.known + self.text_bias(text).squeeze(1)
-        return ItemVectors(text=text, full=full, past=full, bias=bias)
+            return self._items(text, text, self.history_encoder(words, offsets), None)
+        full = self.text_projection(text)
+        return self._items(text, full, full, self.text_bias(text).squeeze(1))
+
+    def _items(
+        self, text: torch.Tensor, full: torch.Tensor, past: torch.Tensor, bias: torch.Tensor | None
+    ) -> ItemVectors:
+        return ItemVectors(full if self.config.fusion == "paper" else text, full, past, bias)
 
     def _history(self, history: torch.Tensor, length: torch.Tensor, items: ItemVectors) -> torch.Tensor:
         """[B, W + 1, dim] for `sequence` (row p has read p items), [B, 1, dim] for `text`."""
@@ -182,6 +192,12 @@ class RecHead(nn.Module):
         answer = self._words(self.answer_encoder, batch.answer)
         return batch.format[:, None] * (answer + self.cot_mlp(self._words(self.cot_encoder, batch.cot)))
 
+    def _queries(self, newest: torch.Tensor, batch: Encoded) -> dict[str, torch.Tensor]:
+        """Component -> what meets `ItemVectors.of` it, [B, dim]; newest [B, dim]: the history, read to its end."""
+        if self.config.fusion == "paper":
+            return {"fused": self._fused(newest, batch)}
+        return {"history": newest, "text": self.text_scale * self._text(batch)}
+
     # -- training --------------------------------------------------------------------------------
 
     def forward(self, batch: Encoded, targets: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -193,10 +209,7 @@ class RecHead(nn.Module):
         items = self.item_vectors()
         past = self._history(batch.history, batch.length, items)
         newest = self._newest(past, batch.length)
-        if self.config.fusion == "paper":
-            queries = [(self._fused(newest, batch), items.full)]
-        else:
-            queries = [(newest, items.full), (self.text_scale * self._text(batch), items.text)]
+        queries = [(query, items.of(name)) for name, query in self._queries(newest, batch).items()]
         loss = self._cross_entropy(queries, items.bias, targets, generator)
         earlier = int(batch.length.sum()) if self.config.history == "sequence" else 0
         if earlier:
@@ -255,43 +268,66 @@ class RecHead(nn.Module):
     def network_components(self, encoded: Encoded, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
         """`components` without the experts, of some rows (None: all)."""
         rows = np.arange(len(encoded)) if rows is None else rows
+        names = ("fused",) if self.config.fusion == "paper" else ("history", "text")
+        result = {name: np.zeros((len(rows), len(self.catalog)), dtype=np.float32) for name in names}
+        with self._scoring():
+            items = self.item_vectors()
+            for start in range(0, len(rows), SCORE_BATCH):
+                here = slice(start, start + SCORE_BATCH)
+                for name, query in self._read(encoded.take(rows[here], items.full.device), items).items():
+                    bias = 0 if items.bias is None or name == "text" else items.bias
+                    result[name][here] = (query @ items.of(name).T + bias).cpu().numpy()
+        return result
+
+    def _read(self, batch: Encoded, items: ItemVectors) -> dict[str, torch.Tensor]:
+        row, which = batch.histories()  # completions of one prompt share theirs: it is read once
+        history, length = batch.history[row], batch.length[row]
+        return self._queries(self._newest(self._history(history, length, items), length)[which], batch)
+
+    @contextlib.contextmanager
+    def _scoring(self) -> Iterator[None]:
+        """Dropout off."""
         training = self.training
         if training:
             self.eval()
-        items = self.item_vectors()
-        names = ("fused",) if self.config.fusion == "paper" else ("history", "text")
-        result = {name: np.zeros((len(rows), len(self.catalog)), dtype=np.float32) for name in names}
-        for start in range(0, len(rows), SCORE_BATCH):
-            here = slice(start, start + SCORE_BATCH)
-            batch = encoded.take(rows[here], items.text.device)
-            row, which = batch.histories()  # completions of one prompt share theirs: it is read once
-            history, length = batch.history[row], batch.length[row]
-            newest = self._newest(self._history(history, length, items), length)[which]
-            bias = 0 if items.bias is None else items.bias
-            if self.config.fusion == "paper":
-                result["fused"][here] = (self._fused(newest, batch) @ items.full.T + bias).cpu().numpy()
-                continue
-            result["history"][here] = (newest @ items.full.T + bias).cpu().numpy()
-            if batch.format.any():
-                result["text"][here] = (self.text_scale * self._text(batch) @ items.text.T).cpu().numpy()
+        yield
         if training:
             self.train()
-        return result
 
     def weight(self, name: str) -> float:
         """Of a component in the score."""
         return self.weights.get(name, 1.0 if name in ("fused", "history", "text") else 0.0)
 
+    def query_vectors(self, inputs: HeadInputs) -> torch.Tensor:
+        """float32 [B, D]; the product with `ItemVectors.matrix` is the networks' weighted share of the score."""
+        return self._query_vectors(inputs, self.item_vectors())
+
+    @torch.no_grad()
+    def _query_vectors(self, inputs: HeadInputs, items: ItemVectors) -> torch.Tensor:
+        with self._scoring():
+            queries = self._read(self.encode(inputs).take(np.arange(len(inputs)), items.full.device), items)
+        first, *rest = [self.weight(name) * query for name, query in queries.items()]
+        if rest and items.text is items.full:
+            first, rest = first + rest[0], []
+        if items.bias is not None:
+            rest.append(first.new_full((len(inputs), 1), self.weight(next(iter(queries)))))
+        return torch.cat([first, *rest], dim=1)
+
+    @torch.no_grad()
     def scores(self, inputs: HeadInputs) -> torch.Tensor:
         """Scores of the whole catalogue, float32 [B, N] on the CPU; higher is better.
 
         Deterministic: dropout off, no gradient.
         """
+        items = self.item_vectors()
+        matrix = items.matrix.T
         result = np.zeros((len(inputs), len(self.catalog)), dtype=np.float32)
         for start in range(0, len(inputs), SCORE_BATCH):
             rows = np.arange(start, min(start + SCORE_BATCH, len(inputs)))
-            for name, component in self.components(inputs.take(rows)).items():
-                result[rows] += np.float32(self.weight(name)) * component
+            part = inputs.take(rows)
+            result[rows] = (self._query_vectors(part, items) @ matrix).cpu().numpy()
+            if self.experts:
+                result[rows] += self.experts.weigh(part, self.weights).scores()
         return torch.from_numpy(result)
 
     # -- catalogue and files ---------------------------------------------------------------------
@@ -299,30 +335,46 @@ class RecHead(nn.Module):
     def with_catalog(self, catalog: Catalog) -> RecHead:
         """This head over a catalogue that holds all its items and more; the new ones by their text.
 
+        It shares the networks of this one, and is frozen if this one is.
         Raises ConfigError when an item of the head's catalogue is missing.
         """
+        rows = self._rows_in(catalog)
+        new = np.setdiff1d(np.arange(len(catalog)), rows, assume_unique=True)
+        source = np.argsort(np.concatenate([rows, new]))  # of each item among the old and then the new
+        texts = Catalog(catalog.table.take(new))
+        added = self.vocabulary.encode([texts.text(item) for item in range(len(new))])
+        words = Ragged(self.item_words.cpu().numpy(), self.item_offsets.cpu().numpy()).joined(added)
+        if not _in_order(source):
+            words = words.take(source)
+        device = self.item_words.device
+        replaced: list[tuple[Any, Any]] = [
+            (self.catalog, catalog),
+            (self.experts, self.experts and self.experts.with_catalog(catalog, rows)),
+            (self.item_words, torch.from_numpy(words.ids).to(device)),
+            (self.item_offsets, torch.from_numpy(words.offsets).to(device)),
+            (self.known, _joined(self.known, self.known.new_zeros(len(new)), source)),
+        ]
+        if self.config.history == "sequence":
+            for old in (self.item_table, self.item_bias):
+                value = _joined(old.detach(), old.new_zeros(len(new), *old.shape[1:]), source)
+                replaced.append((old, nn.Parameter(value, requires_grad=old.requires_grad)))
+        if self._frozen_items is not None:
+            vectors = self._by_words(torch.from_numpy(added.ids).to(device), torch.from_numpy(added.offsets).to(device))
+            replaced.append((self._frozen_items, self._frozen_items.joined(vectors, source)))
+        shared = [(part, part) for part in (*self.parameters(), *self.buffers(), self.vocabulary, self.config)]
+        # A copy in which each `old` has become its `new`, for a copy is what the memo says it is.
+        return copy.deepcopy(self, {id(old): new for old, new in shared + replaced})
+
+    def _rows_in(self, catalog: Catalog) -> np.ndarray:
+        """Index in `catalog` of each item, int64 [N]."""
+        if catalog.begins_with(self.catalog):
+            return np.arange(len(self.catalog))
         missing = [item for item in self.catalog.ids if item not in catalog.index]
         if missing:
             raise ConfigError(
                 f"RecHead: the new catalogue lacks {len(missing)} items, such as {missing[0]}; add, never remove"
             )
-        rows = np.array([catalog.index[item] for item in self.catalog.ids], dtype=np.int64)
-        head = RecHead(
-            catalog,
-            self.config,
-            window=self.window,
-            vocabulary=self.vocabulary,
-            experts=self.experts and self.experts.with_catalog(catalog, rows),
-        ).to(self.item_words.device)
-        state = head.state_dict()
-        for name, value in self.state_dict().items():
-            if name in ("item_table", "item_bias", "known"):
-                state[name].zero_()[rows] = value
-            else:
-                state[name] = value
-        head.load_state_dict(state)
-        head.weights = dict(self.weights)
-        return head
+        return np.array([catalog.index[item] for item in self.catalog.ids], dtype=np.int64)
 
     def save(self, folder: Path | str) -> None:
         """Write `head.json` and `head.safetensors`; an existing folder is replaced as a whole."""
@@ -384,10 +436,52 @@ class RecHead(nn.Module):
 class ItemVectors:
     """N items. `text` from the answer's table, `full` with the ID row, `past` as history tokens."""
 
-    text: torch.Tensor  # [N, dim]
+    text: torch.Tensor  # [N, dim]; `full` itself where the fusion leaves no component for it
     full: torch.Tensor  # [N, dim]
     past: torch.Tensor  # [N, dim]
     bias: torch.Tensor | None  # [N]
+    whole: torch.Tensor | None = None  # [N, D], where the others are views of it
+
+    def of(self, component: str) -> torch.Tensor:
+        """What a component's query meets, [N, dim]."""
+        return self.text if component == "text" else self.full
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """[N, D]: `full`, `text` where it is another, and the bias, side by side."""
+        if self.whole is not None:
+            return self.whole
+        parts = [self.full] if self.text is self.full else [self.full, self.text]
+        return torch.cat(parts if self.bias is None else [*parts, self.bias[:, None]], dim=1)
+
+    def packed(self) -> ItemVectors:
+        """The same as views of `matrix`, so that a large catalogue is held once."""
+        return self._views(self.matrix, self.past)
+
+    def joined(self, new: ItemVectors, source: np.ndarray) -> ItemVectors:
+        """These and `new` behind them, then of all these the rows `source`; packed."""
+        past = self.past if self.past is self.full else _joined(self.past, new.past, source)
+        return self._views(_joined(self.matrix, new.matrix, source), past)
+
+    def _views(self, matrix: torch.Tensor, past: torch.Tensor) -> ItemVectors:
+        dim = self.full.shape[1]
+        full = matrix[:, :dim]
+        return ItemVectors(
+            text=full if self.text is self.full else matrix[:, dim : 2 * dim],
+            full=full,
+            past=full if self.past is self.full else past,
+            bias=None if self.bias is None else matrix[:, -1],
+            whole=matrix,
+        )
+
+
+def _joined(old: torch.Tensor, new: torch.Tensor, source: np.ndarray) -> torch.Tensor:
+    both = torch.cat([old, new])
+    return both if _in_order(source) else both[source]
+
+
+def _in_order(source: np.ndarray) -> bool:
+    return np.array_equal(source, np.arange(len(source)))
 
 
 def catalog_hash(catalog: Catalog) -> str:

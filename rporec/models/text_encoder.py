@@ -34,6 +34,11 @@ class Ragged:
         positions = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
         return Ragged(self.ids[positions], offsets)
 
+    def joined(self, other: Ragged) -> Ragged:
+        """The texts of `other` behind these."""
+        offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        return Ragged(np.concatenate([self.ids, other.ids]), offsets)
+
 
 @dataclass(frozen=True)
 class Vocabulary:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from actors.simulated import Latency
-from benchmarks import async_training, control_plane, packing, ray_path
+from benchmarks import async_training, control_plane, packing, ray_path, retrieval
 from benchmarks.result import result
 from benchmarks.rounds import in_turns
 from rporec.cli import BENCHMARKS
@@ -60,6 +60,15 @@ def test_both_layouts_learn_from_the_same_log_probabilities() -> None:
     found, difference = packing.measure("tiny", shape, prompt=16, completion=4, size=3, rounds=1)
     assert found.times("plain", "packed") > 0
     assert difference < 1e-4
+
+
+def test_retrieval_counts_what_the_approximation_finds_of_the_exact_ten() -> None:
+    found = retrieval.measure(20_000, queries=20, warm_up=0)
+    assert set(found["cases"]) == {"all", "filtered", "excluded", "filtered_and_excluded"}
+    for numbers in found["cases"].values():
+        assert 0.9 < numbers["recall_at_10"] <= 1
+        assert numbers["p99_ms"] >= numbers["p50_ms"] > 0
+    assert 0 < found["memory"]["index_mib"] < found["memory"]["vectors_mib"]
 
 
 SMALL = {

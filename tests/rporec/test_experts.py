@@ -86,9 +86,11 @@ def test_popularity_survives_a_decade_of_silence(experts: Experts) -> None:
 
 
 def test_features_of_a_row_do_not_depend_on_the_rows_beside_it(experts: Experts) -> None:
-    inputs = HeadInputs.concatenate([asked([0, 1], day=2), asked([4], day=1), asked([], day=3)])
+    inputs = HeadInputs.concatenate(
+        [asked([0, 1], day=2), asked([4], day=1), asked([], day=3), asked([2], day=9)]  # the last: later than all
+    )
     together = experts.features(inputs)
-    for row in range(3):
+    for row in range(4):
         for name, values in experts.features(inputs.take([row])).items():
             assert np.allclose(values[0], together[name][row], atol=1e-6), name
 
