@@ -116,6 +116,7 @@ def test_a_large_catalogue_is_ranked_alike_where_the_candidates_hold_the_best(
 
 def test_candidates_of_experts_come_in_where_the_networks_do_not_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recommender, "CANDIDATES", 20)
+    monkeypatch.setattr(recommender, "POPULAR", 10)
     head = head_of(world())
     head.weights = {"history": 1e-3, "text": 0.0, "rules": 1.0, "text_knn": 0.7, "popularity": 0.5}
     model = Recommender(head, exact_below=1)
@@ -164,14 +165,16 @@ def test_growing_is_with_catalog_done_once_or_step_by_step(fusion: str, history:
 
 def test_old_items_keep_their_scores_but_for_the_newcomers_neighbours() -> None:
     old = head_of(world())
-    new = old.with_catalog(with_items(old.catalog, "name1 series0"))
-    inputs = asked(30)
-    assert np.allclose(old.scores(inputs), new.scores(inputs)[:, :-1], atol=1e-4)
+    new = old.with_catalog(with_items(old.catalog, "name1 series0", *["unlike"] * 300))
+    size = len(old.catalog)
+    inputs = asked(30, items=12)  # which rules and popularity know
+    assert np.allclose(old.scores(inputs), new.scores(inputs)[:, :size], atol=1e-4)
     neighbours = new.experts.neighbours.toarray()
-    assert np.array_equal(neighbours[:-1, :-1], old.experts.neighbours.toarray())
-    assert top_k(neighbours[-1], 1).tolist() == [1]
-    assert np.array_equal(neighbours[-1], neighbours[:, -1])  # all have room for one more
-    assert neighbours[1, -1] > neighbours[0, -1] > neighbours[7, -1] == 0
+    assert np.array_equal(neighbours[:size, :size], old.experts.neighbours.toarray())
+    newcomer = neighbours[size, :size]
+    assert top_k(newcomer, 1).tolist() == [1]
+    assert np.array_equal(newcomer, neighbours[:size, size])  # all have room for one more
+    assert newcomer[1] > newcomer[0] > newcomer[7] == 0
 
 
 def test_growing_refuses_a_catalogue_whose_items_moved() -> None:
