@@ -56,7 +56,7 @@ def build_app(
         description="Recommendations with their reasoning.",
         docs_url=None,
         redoc_url=None,
-        responses=_problems(401, 413, 429),
+        responses=_problems(400, 401, 413, 429),
     )
     _problem_documents(app)
 
@@ -155,6 +155,7 @@ def _event(name: str, value: dict[str, Any]) -> str:
 
 # --- errors --------------------------------------------------------------------------------------
 _TITLES = {
+    400: "Bad Request",
     401: "Unauthorized",
     404: "Not Found",
     405: "Method Not Allowed",
