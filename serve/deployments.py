@@ -121,6 +121,7 @@ def _options(config: Config, replicas: Elastic, cuda: bool, gpus: int = 0) -> di
         scaling = {"min_replicas": replicas.min, "max_replicas": replicas.max, "target_ongoing_requests": half}
         count = {"autoscaling_config": scaling}
     return count | {
+        "logging_config": {"enable_access_log": False},  # `Guard` has one, which tells nothing of users
         "max_ongoing_requests": settings.ongoing,
         "max_queued_requests": settings.queued,
         "health_check_period_s": 2.0,

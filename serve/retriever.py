@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,9 @@ from rporec.promotion import Promoted
 from rporec.text.completion import parse
 from serve.served import Served
 
+SWITCH = (
+    0.0005  # seconds after which Serve's own thread gets the interpreter from a ranking; Python's 0.005 delay answers
+)
 HEADS = 3  # versions in memory: requests that began with an earlier one are still under way
 BATCH = 32
 
@@ -53,6 +57,7 @@ class Retriever:
     """A head of each version that may be asked for, over one catalogue that grows."""
 
     async def __init__(self, served: Served) -> None:  # type: ignore[misc]  # Serve awaits it
+        sys.setswitchinterval(SWITCH)
         self._served = served
         self._dataset = served.dataset()
         self._catalog = served.growing(self._dataset)
@@ -64,12 +69,15 @@ class Retriever:
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
     async def rank(self, queries: list[Query]) -> list[Ranked]:
-        """The best `k` items of each query; a batch is what has come in while the last one was ranked."""
+        """The best `k` items of each query; a batch is what has come in while the last one was ranked.
+
+        Computed on the event loop: a thread of its own would have to win the interpreter from it each time.
+        """
         await self._catch_up(max(query.items for query in queries))
         ranked: list[Ranked | None] = [None] * len(queries)
         for version in {query.version or self._version for query in queries}:
             rows = [row for row, query in enumerate(queries) if (query.version or self._version) == version]
-            answers = await asyncio.to_thread(self._rank, self._head(version), [queries[row] for row in rows])
+            answers = self._rank(self._head(version), [queries[row] for row in rows])
             for row, (items, scores) in zip(rows, answers, strict=True):
                 ranked[row] = Ranked(items.tolist(), scores.tolist(), version)
         return ranked  # type: ignore[return-value]

@@ -189,6 +189,8 @@ class RecHead(nn.Module):
 
     def _text(self, batch: Encoded) -> torch.Tensor:
         """t [B, dim] from answer and CoT; zero where the format failed."""
+        if not (self.training or batch.format.any()):
+            return batch.format.new_zeros(len(batch), self.config.dim)  # histories alone, as serving often asks
         answer = self._words(self.answer_encoder, batch.answer)
         return batch.format[:, None] * (answer + self.cot_mlp(self._words(self.cot_encoder, batch.cot)))
 
