@@ -96,8 +96,8 @@ class Validation:
                 self.staff.idle_rewards.put_nowait(worker)
 
     def _promote(self, version: Version, ndcg: float) -> None:
-        run = self.training.run
-        if self.config.promotion.automatic and better(run, ndcg):
+        run, rule = self.training.run, self.config.promotion
+        if rule.automatic and better(run, ndcg, rule.min_gain):
             promote(run, str(version), run.best_model, ndcg)
 
     def _undone(self, version: Version) -> bool:

@@ -44,10 +44,10 @@ def promoted(run: Run) -> Promoted | None:
     return _at(run, state["current"]) if state["promotions"] else None
 
 
-def better(run: Run, ndcg: float) -> bool:
-    """Whether a validation NDCG@10 exceeds that of every promotion by `promotion.min_gain`; a tie never does."""
+def better(run: Run, ndcg: float, min_gain: float = 0.0) -> bool:
+    """Whether a validation NDCG@10 exceeds that of every promotion by more than `min_gain`; a tie never does."""
     known = [one["ndcg@10"] for one in _state(run)["promotions"] if one["ndcg@10"] is not None]
-    return not known or ndcg > max(known) + run.config().promotion.min_gain
+    return not known or ndcg > max(known) + min_gain
 
 
 def promote(run: Run, version: str, model: Path, ndcg: float | None) -> Promoted:

@@ -64,9 +64,9 @@ def test_an_unknown_ndcg_is_exceeded_by_any(run):
 
 
 def test_a_gain_must_exceed_the_least_gain(tmp_path):
-    run = make(tmp_path / "run", promotion={"min_gain": 0.25})
+    run = make(tmp_path / "run")
     give(run, "0.1", 0.5)
-    assert [better(run, ndcg) for ndcg in (0.6, 0.75, 0.76)] == [False, False, True]
+    assert [better(run, ndcg, 0.25) for ndcg in (0.6, 0.75, 0.76)] == [False, False, True]
 
 
 def test_the_newest_folders_are_kept_and_going_back_ends_with_them(run):

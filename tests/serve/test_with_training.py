@@ -18,7 +18,7 @@ from trained_run import Watched, rporec
 
 from rporec.data import Dataset
 from rporec.files import read_json
-from rporec.promotion import promoted
+from rporec.promotion import promote, promoted
 from rporec.run import Run
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
@@ -34,7 +34,18 @@ def training(trained: Watched, tmp_path: Path):
         stages.pop(stage, None)
     (run / "stages.json").write_text(json.dumps(stages))
     config = trained.folder.parent / "small.yaml"
-    command = [sys.executable, "-m", "rporec.cli", "train", str(config), "steps=5000", "--run", str(run), "--resume"]
+    command = [
+        sys.executable,
+        "-m",
+        "rporec.cli",
+        "train",
+        str(config),
+        "steps=5000",
+        "promotion.automatic=false",
+        "--run",
+        str(run),
+        "--resume",
+    ]
     with (tmp_path / "output.txt").open("w") as out:
         process = subprocess.Popen([*command, "--stages", "stage2"], stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -52,6 +63,13 @@ def wait(until: Callable[[], bool], seconds: float = 180.0) -> None:
         time.sleep(0.1)
 
 
+def asked(http: httpx.Client, dataset: Dataset, user: int = 0) -> dict:
+    answer = http.post("/v1/recommend", json={"user_id": dataset.user_ids[user], "k": 3})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["fallback"] is None
+    return answer.json()
+
+
 def step(run: Path) -> int:
     return read_json(run / "status.json")["step"]
 
@@ -65,11 +83,12 @@ def test_they_share_a_cluster_and_feedback_comes_back_as_data(training: Path, tm
     ):
         before = step(training)
         for user in range(12):
-            answer = http.post("/v1/recommend", json={"user_id": dataset.user_ids[user], "k": 3}).json()
-            assert answer["fallback"] is None
+            answer = asked(http, dataset, user)
             assert answer["version"] == promoted(Run.open(training)).version
             reaction = {"user_id": f"visitor-{user % 2}", "item_id": answer["items"][0]["item_id"], "event": "click"}
             assert http.post("/v1/feedback", json=reaction).status_code == 201
+        promote(Run.open(training), "7.7", Run.open(training).best_model, None)
+        wait(lambda: asked(http, dataset)["version"] == "7.7", 30)
         wait(lambda: step(training) > before)
         assert read_json(training / "run.json")["address"] == address
     after = step(training)
