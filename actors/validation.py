@@ -98,7 +98,10 @@ class Validation:
     def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion
         if rule.automatic and better(run, ndcg, rule.min_gain):
-            promote(run, str(version), run.best_model, ndcg)
+            try:
+                promote(run, str(version), run.best_model, ndcg)
+            except OSError as error:  # a full disk, say: serving stays behind, training goes on
+                self.training.journal.notice(f"version {version} was not promoted: {error}")
 
     def _undone(self, version: Version) -> bool:
         return version.attempt != self.training.ledger.version.attempt

@@ -45,6 +45,7 @@ def settings(workers: int, groups: int, steps: int, **more: Any) -> Config:
             "rollout_workers": workers,
             "engine": {"max_num_seqs": 4 * SLOTS},
             "rl": {"validate_every": 10_000},
+            "promotion": {"automatic": False},  # there are no weights
             **more,
         }
     )

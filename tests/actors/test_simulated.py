@@ -28,7 +28,8 @@ from rporec.run import Run
 def config(**changes: Any) -> Config:
     small = {"groups_per_step": 8, "steps": 12, "checkpoint_every": 3, "rollout_workers": 4, "reward_workers": 2}
     engine = {"max_num_seqs": 16}
-    return parse_config({**small, "engine": engine, "max_staleness": 1, "rl": {"validate_every": 1000}, **changes})
+    rest = {"engine": engine, "max_staleness": 1, "rl": {"validate_every": 1000}, "promotion": {"automatic": False}}
+    return parse_config({**small, **rest, **changes})
 
 
 class Simulation:
