@@ -342,3 +342,14 @@ def test_on_policy_groups_wait_for_the_validation_of_their_version(tmp_path: Pat
 
     on_virtual_clock(work())
     assert started[0] >= 12
+
+
+def test_a_promotion_that_fails_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    """Simulated versions have no weights, so nothing is there to promote."""
+
+    async def work() -> None:
+        status = await Simulation(tmp_path, config(promotion={"automatic": True}, rl={"validate_every": 4})).until()
+        assert_whole(status, 12, 8)
+        assert any("was not promoted" in notice["message"] for notice in status["notices"])
+
+    on_virtual_clock(work())
