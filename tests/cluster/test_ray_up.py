@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -82,8 +83,18 @@ def _settings(hosts):
     path = (
         f"export RAY_AUTH_MODE=token PATH={sys.prefix}/bin:$PATH PYTHONPATH=$HOME/rporec AUTOSCALER_UPDATE_INTERVAL_S=1"
     )
-    settings["setup_commands"] = [f"grep -qs rporec ~/.bashrc || echo '{path}' >> ~/.bashrc"]
+    keep = [command for command in settings["setup_commands"] if command.startswith("chmod")]
+    settings["setup_commands"] = [*keep, f"grep -qs rporec ~/.bashrc || echo '{path}' >> ~/.bashrc"]
     return settings
+
+
+def assert_guarded(hosts):
+    """The dashboard is on loopback, wants a token even there, and the token is for its owner alone."""
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((hosts.address(HEAD), 8265), 2)
+    jobs = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8265/api/jobs/')"
+    assert "401" in hosts.shell(HEAD, f'{sys.executable} -c "{jobs}" 2>&1 || true')
+    assert hosts.shell(HEAD, "stat -c %a ~/.ray/auth_token").strip() == "600"
 
 
 def wait(condition, seconds, what):
@@ -96,6 +107,7 @@ def wait(condition, seconds, what):
 def test_nodes_come_and_go_and_nothing_is_left(hosts, ray):
     ray("up", "--yes", "--no-config-cache")
     assert hosts.ray_processes(HEAD)
+    assert_guarded(hosts)
     assert not any(hosts.ray_processes(index) for index in ROLLOUTS)  # nobody asked yet
     hosts.shell(HEAD, f"cat > ask.py <<'END'\n{ASK}\nEND")
     said = ray("exec", "python ask.py")
