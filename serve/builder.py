@@ -1,7 +1,6 @@
 """The application of a run as Ray Serve's own config files name it: `import_path: serve.builder:build`."""
 
-from __future__ import annotations
-
+# Ray looks at the annotation of `build` itself, so annotations must not be postponed here.
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from serve.served import Served
 
 
 class Arguments(BaseModel):
-    """`overrides`: as `rporec serve` takes them, `serve.reasoners=2`."""
+    """`cuda`: whether reasoners take a GPU each; `overrides`: as `rporec serve` takes them, `serve.reasoners=2`."""
 
     model_config = ConfigDict(extra="forbid")
 
