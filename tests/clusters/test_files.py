@@ -173,7 +173,8 @@ CLUSTER = closed(
 SPEC = {
     "RayCluster": CLUSTER,
     "RayJob": closed(
-        ("entrypoint", "rayClusterSpec"),
+        ("submissionMode", "entrypoint", "rayClusterSpec"),
+        submissionMode={"const": "HTTPMode"},
         entrypoint=TEXT,
         backoffLimit=COUNT,
         shutdownAfterJobFinishes={"type": "boolean"},
