@@ -10,6 +10,7 @@ from actors.staff import Staff
 from actors.training import Training
 from actors.weights import Weights
 from actors.workers import answer, is_death
+from rporec.config import ConfigError
 from rporec.engine.types import GenerationAborted, Version
 from rporec.promotion import better, promote
 
@@ -50,7 +51,7 @@ class Validation:
                     best, model = self.training.run.best_model, self.training.recipe.model
                     await store.save.remote(version, str(best), str(model))
                     journal.saved_best(record)
-                    self._promote(version, record["ndcg@10"])
+                    await self._promote(version, record["ndcg@10"])
             finally:
                 await store.unpin.remote(version)
 
@@ -95,12 +96,12 @@ class Validation:
                 worker.running = 0
                 self.staff.idle_rewards.put_nowait(worker)
 
-    def _promote(self, version: Version, ndcg: float) -> None:
+    async def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion
         if rule.automatic and better(run, ndcg, rule.min_gain):
             try:
-                promote(run, str(version), run.best_model, ndcg)
-            except OSError as error:  # a full disk, say: serving stays behind, training goes on
+                await asyncio.to_thread(promote, run, str(version), run.best_model, ndcg)
+            except (OSError, ConfigError) as error:  # a full disk, say: serving stays behind, training goes on
                 self.training.journal.notice(f"version {version} was not promoted: {error}")
 
     def _undone(self, version: Version) -> bool:

@@ -290,6 +290,31 @@ def _export(options: argparse.Namespace) -> None:
     print(export_run(Run.open(options.run), options.out))
 
 
+def _plan(options: argparse.Namespace) -> int:
+    from rporec.plan import Speeds, measured, plan, plan_table, read_pools
+
+    given = {"rollout": options.rollout_seconds, "learner": options.learner_seconds}
+    for role, seconds in given.items():
+        if seconds is not None and not 0 < seconds < float("inf"):
+            raise ConfigError(f"--{role}-seconds: seconds of one group, more than 0 (got {seconds:g})")
+    config = load_config(options.config, options.overrides)
+    pools = read_pools(options.cluster)
+    speeds = None
+    if options.run is not None:
+        known = measured(Run.open(options.run), config.learners)
+        speeds = Speeds(given["rollout"] or known.rollout, given["learner"] or known.learner)
+    elif None not in given.values():
+        speeds = Speeds(**given)
+    elif any(given.values()):
+        raise ConfigError("plan: --rollout-seconds and --learner-seconds go together, or --run has the other one")
+    planned = plan(config, pools, speeds)
+    if options.json:
+        print(json.dumps(planned))
+    else:
+        _console().print(plan_table(planned))
+    return 0 if planned["fits"]["start"] else 2
+
+
 def _bench(options: argparse.Namespace) -> None:
     result = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}").run()
     if not options.json:
@@ -386,6 +411,15 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("run", type=Path, metavar="RUN")
     scale.add_argument("--rollout-workers", type=int, metavar="N")
     scale.add_argument("--reward-workers", type=int, metavar="M")
+
+    plan = add(commands, "plan", _plan, "which nodes a config would bring, whether it fits, who would wait for whom")
+    plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
+    plan.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="cluster file of `ray up`")
+    plan.add_argument("--run", type=Path, metavar="DIR", help="take the speeds that this run had")
+    plan.add_argument("--rollout-seconds", type=float, metavar="S", help="of one group, for one rollout worker")
+    plan.add_argument("--learner-seconds", type=float, metavar="S", help="of one group, for all ranks together")
+    plan.add_argument("--json", action="store_true")
 
     promote = add(commands, "promote", _promote, "have the best version serve, or the one before the present one")
     promote.add_argument("run", type=Path, metavar="RUN")

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 
 from rporec import __version__
 from rporec.config import ServeConfig
-from serve.guard import UNEXPECTED, Guard, Metrics
+from serve.guard import LOGGER, UNEXPECTED, Guard, Metrics
 from serve.schema import (
     Accepted,
     BatchRequest,
@@ -69,6 +69,8 @@ def build_app(
     @app.post("/v1/recommend:batch", responses=_problems(422, 503))
     async def recommend_batch(batch: BatchRequest) -> BatchResponse:
         """All or none: one request that is refused refuses the batch. `stream` is of no effect here."""
+        for request in batch.requests:
+            service.check(request)  # before any work is done for its neighbours
         answers = await asyncio.gather(*(service.recommend(request) for request in batch.requests))
         return BatchResponse(responses=[_counted(metrics, answer) for answer in answers])
 
@@ -142,8 +144,12 @@ def _streamed(service: Service, request: RecommendRequest, metrics: Metrics) -> 
                     yield _event("token", {"text": piece})
                 else:
                     yield _event("result", _counted(metrics, piece).model_dump())
-        except Unavailable as error:
-            problem = Problem(title="Service Unavailable", status=503, detail=str(error))
+        except Exception as error:
+            if isinstance(error, Unavailable):
+                problem = Problem(title=_TITLES[503], status=503, detail=str(error))
+            else:
+                LOGGER.exception("a stream failed")
+                problem = Problem(title=_TITLES[500], status=500, detail=UNEXPECTED)
             yield _event("error", problem.model_dump(exclude_none=True))
 
     return _Events(events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import numpy as np
 from ray import serve
@@ -13,6 +13,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 
 from rporec.config import Config, Elastic
 from rporec.data.feedback import FeedbackLog
+from rporec.engine.types import EngineError
 from rporec.engine.vllm_start import engine_environment
 from serve.app import build_app
 from serve.guard import read_token
@@ -22,9 +23,8 @@ from serve.schema import Readiness
 from serve.served import Served
 from serve.service import TRIES, Service, Unavailable
 
-DEAD = (RayActorError, ReplicaUnavailableError)
+DEAD = (RayActorError, ReplicaUnavailableError, EngineError)
 FULL = (BackPressureError, DeploymentUnavailableError)
-Answer = TypeVar("Answer")
 
 
 class Deployments:
@@ -43,8 +43,9 @@ class Deployments:
         """Begun anew on another replica only as long as nothing has come out of it."""
         begun = False
         for _ in range(TRIES):
+            pieces = self._reasoner.options(stream=True).stream.remote(history, items)
             try:
-                async for piece in self._reasoner.options(stream=True).stream.remote(history, items):
+                async for piece in pieces:
                     begun = True
                     yield piece
                 return
@@ -53,6 +54,8 @@ class Deployments:
                     raise Unavailable("the reasoner was lost; ask again") from None
             except FULL:
                 raise Unavailable("the reasoner has too many requests; ask again later") from None
+            finally:
+                pieces.cancel()  # nothing when it is over; else nobody listens any more
         raise Unavailable("the reasoner was lost; ask again")
 
     async def ready(self) -> Readiness:
@@ -64,11 +67,15 @@ class Deployments:
         return Readiness(status="ready", version=retriever["version"], items=retriever["items"])
 
 
-async def _asked(who: str, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+async def _asked(who: str, ask: Callable[[], Any]) -> Any:
     """The answer of some replica; when one dies under the request another one is asked."""
     for _ in range(TRIES):
+        response = ask()
         try:
-            return await ask()
+            return await response
+        except asyncio.CancelledError:
+            response.cancel()  # Serve would let it run on
+            raise
         except DEAD:
             continue
         except FULL:
@@ -108,7 +115,9 @@ def application(served: Served, *, guarded: bool, cuda: bool) -> Any:
     settings = config.serve
     reasoner = Reasoner.options(**_options(config, settings.reasoners, cuda, gpus=1 if cuda else 0))
     retriever = Retriever.options(**_options(config, settings.retrievers, cuda))
-    ingress = Ingress.options(**_options(config, settings.ingresses, cuda))
+    # An ingress only waits: it must have room for what the others cannot take yet, and for those who ask how it is.
+    waiting = settings.ongoing * (settings.reasoners.max + settings.retrievers.max) + 2 * settings.queued
+    ingress = Ingress.options(**_options(config, settings.ingresses, cuda) | {"max_ongoing_requests": waiting})
     return ingress.bind(served, guarded, reasoner.bind(served), retriever.bind(served))
 
 

@@ -88,7 +88,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
+        began, status = time.perf_counter(), 499  # until it is known: the client has gone
         received = 0
 
         async def measured() -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ipaddress
-import threading
+import time
 from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import connected
+from actors.cluster import connected, missing_roles
+from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
 from rporec.promotion import promote_best, promoted
-from rporec.run import Run
+from rporec.run import Run, RunError
 from serve.guard import TOKEN_VARIABLE, read_token
 from serve.served import Served
 
@@ -21,8 +22,8 @@ APPLICATION = "rporec"
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
     """Deploy, say where, and wait for Ctrl-C; then take the deployments down."""
-    guarded = not is_loopback(host)
-    if guarded and read_token(config.serve) is None:
+    token = read_token(config.serve)
+    if token is None and not is_loopback(host):
         raise ConfigError(
             f"--host {host} is reached from other machines: set {TOKEN_VARIABLE} or serve.token_file, "
             "or bind to 127.0.0.1"
@@ -31,17 +32,61 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
         promote_best(run)
     address = address or live_address(run)
     with connected(config, address, f"serve-{run.folder.name}") as cluster:
-        with console.status("starting the deployments (vLLM takes a while)"):
-            deploy(Served(run, config), host, port, guarded=guarded, cuda=cluster.cuda)
-        console.print(f"http://{_written(host)}:{port}  serves {run.folder} (Ctrl-C stops it)")
+        _check_free(host, port)
+        serving = config.serve
+        replicas = serving.ingresses.min + serving.reasoners.min + serving.retrievers.min
+        if lacking := missing_roles({"serve": replicas}):
+            console.print(
+                f"the cluster lacks resources: {', '.join(lacking)}; this waits until nodes that declare them join"
+            )
         try:
-            threading.Event().wait()
+            with console.status("starting the deployments (vLLM takes a while)"):
+                deploy(Served(run, config), host, port, guarded=token is not None, cuda=cluster.cuda)
+            console.print(f"http://{_written(host)}:{port}  serves {run.folder} (Ctrl-C stops it)")
+            _until_gone(cluster.address, run)
         finally:
-            from ray import serve
+            _take_down(cluster.address)
 
-            serve.delete(APPLICATION)
-            if not serve.status().applications:
-                serve.shutdown()  # the HTTP proxy as well
+
+def _check_free(host: str, port: int) -> None:
+    """Raises ConfigError when this cluster serves something already, or elsewhere."""
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return
+    if APPLICATION in serve.status().applications:
+        raise ConfigError("this cluster serves a run already; stop that service first, or serve from another cluster")
+    listening = client.http_config
+    if (listening.host, listening.port) != (host, port):
+        raise ConfigError(
+            f"Ray Serve listens at {listening.host}:{listening.port} on this cluster; give --host and --port to match"
+        )
+
+
+def _until_gone(address: str, run: Run) -> None:
+    """Returns never; raises RunError when the cluster has ended, as that of a training does with it."""
+    while True:
+        time.sleep(2.0)
+        try:
+            check_address(address)
+        except ConnectionError:
+            raise RunError(
+                f"{run.folder}: the cluster that served it has ended; `rporec serve` starts another"
+            ) from None
+
+
+def _take_down(address: str) -> None:
+    from ray import serve
+
+    try:
+        check_address(address)
+    except ConnectionError:
+        return  # its cluster took it along
+    serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()  # the HTTP proxy as well
 
 
 def deploy(served: Served, host: str, port: int, *, guarded: bool, cuda: bool) -> Any:

@@ -18,7 +18,7 @@ from rporec.engine.vllm import VllmEngine
 from rporec.engine.weights import load_safetensors
 from rporec.promotion import Promoted
 from rporec.recipes.rporec import RPORec
-from serve.served import Served
+from serve.served import Served, still
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ class Reasoner:
         return Thought(written.text, model.version, len(written.token_ids), milliseconds)
 
     def _prompt(self, history: np.ndarray, items: int) -> list[int]:
-        if items > len(self._catalog.catalog) and self._catalog.refresh():
+        if items > len(self._writer.items.catalog):
+            self._catalog.refresh()
             self._writer = self._writer.with_catalog(self._catalog.catalog)
         return self._writer.prompt_ids(history)
 
@@ -152,7 +153,8 @@ class Reasoner:
             self._open.set()
 
     async def check_health(self) -> None:
-        """Raises EngineError when an engine has died: Serve then replaces this replica."""
+        """Raises when an engine has died, or nobody looks for versions any more: Serve then replaces this replica."""
+        still(self._following)
         for model in {self._model, self._spare}:
             await asyncio.wrap_future(model.engine.alive())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from rporec.models.rechead import RecHead
 from rporec.models.recommender import Recommender
 from rporec.promotion import Promoted
 from rporec.text.completion import parse
-from serve.served import Served
+from serve.served import Served, still
 
 SWITCH = (
     0.0005  # seconds after which Serve's own thread gets the interpreter from a ranking; Python's 0.005 delay answers
@@ -63,21 +63,28 @@ class Retriever:
         self._catalog = served.growing(self._dataset)
         self._heads: dict[str, Recommender] = {}
         self._version = ""
-        self._catching_up = asyncio.Lock()
+        self._changing = asyncio.Lock()  # of the heads and the catalogue
         await self._take(served.promoted())
         self._following = asyncio.create_task(served.follow(lambda: self._version, self._take))
 
+    async def rank(self, query: Query) -> Ranked:
+        """The best `k` items, by the head of the version that wrote the text."""
+        version = query.version or self._version
+        if version not in self._heads:  # a reasoner was quicker to take it, or it is an old one
+            await self._load(Promoted(version, self._served.run.folder / "promoted" / version))
+        await self._catch_up(query.items)
+        return await self._ranked(replace(query, version=version))
+
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
-    async def rank(self, queries: list[Query]) -> list[Ranked]:
-        """The best `k` items of each query; a batch is what has come in while the last one was ranked.
+    async def _ranked(self, queries: list[Query]) -> list[Ranked]:
+        """A batch is what has come in while the last one was ranked.
 
         Computed on the event loop: a thread of its own would have to win the interpreter from it each time.
         """
-        await self._catch_up(max(query.items for query in queries))
         ranked: list[Ranked | None] = [None] * len(queries)
-        for version in {query.version or self._version for query in queries}:
-            rows = [row for row, query in enumerate(queries) if (query.version or self._version) == version]
-            answers = self._rank(self._head(version), [queries[row] for row in rows])
+        for version in {str(query.version) for query in queries}:
+            rows = [row for row, query in enumerate(queries) if query.version == version]
+            answers = self._rank(self._heads[version], [queries[row] for row in rows])
             for row, (items, scores) in zip(rows, answers, strict=True):
                 ranked[row] = Ranked(items.tolist(), scores.tolist(), version)
         return ranked  # type: ignore[return-value]
@@ -94,35 +101,39 @@ class Retriever:
         allowed = [_allowed(head.catalog, query.filters) for query in queries]
         return head.recommend(inputs, [query.k for query in queries], [query.excluded for query in queries], allowed)
 
-    def _head(self, version: str) -> Recommender:
-        if version not in self._heads:  # a reasoner was quicker to take it, or it is an old one
-            folder = self._served.run.folder / "promoted" / version
-            self._load(Promoted(version, folder))
-        return self._heads[version]
+    async def _load(self, version: Promoted) -> None:
+        """Have its head; the one in use and the newest others stay."""
+        async with self._changing:
+            if version.version not in self._heads:
+                self._heads[version.version] = await asyncio.to_thread(self._recommender, version)
+            others = [name for name in self._heads if name not in (self._version, version.version)]
+            for oldest in others[: max(0, len(self._heads) - HEADS)]:
+                del self._heads[oldest]
 
-    def _load(self, version: Promoted) -> None:
+    def _recommender(self, version: Promoted) -> Recommender:
         head = RecHead.load(version.head, self._dataset.catalog).freeze()
         recommender = Recommender(head, exact_below=self._served.config.serve.exact_below)
         if len(self._catalog.catalog) > len(self._dataset.catalog):
             recommender = recommender.grown(self._catalog.catalog)
-        self._heads[version.version] = recommender
-        for oldest in list(self._heads)[:-HEADS]:
-            del self._heads[oldest]
+        return recommender
 
     async def _catch_up(self, items: int) -> None:
         """Know as many items as the query does that knows the most."""
         if items <= len(self._catalog.catalog):
             return
-        async with self._catching_up:
+        async with self._changing:
             if self._catalog.refresh():
                 grown = self._catalog.catalog
                 for version, head in list(self._heads.items()):
                     self._heads[version] = await asyncio.to_thread(head.grown, grown)
 
     async def _take(self, version: Promoted) -> None:
-        async with self._catching_up:
-            await asyncio.to_thread(self._load, version)
+        await self._load(version)
         self._version = version.version
+
+    async def check_health(self) -> None:
+        """Raises when nobody looks for versions any more: Serve then replaces this replica."""
+        still(self._following)
 
     async def state(self) -> dict[str, Any]:
         return {"version": self._version, "versions": list(self._heads), "items": len(self._catalog.catalog)}

@@ -42,7 +42,7 @@ class RecommendRequest(Message):
     reason: bool = Field(True, description="let the language model reason first; else the history alone decides")
     exclude: list[Id] = Field([], max_length=MAX_HISTORY, description="items that must not appear")
     exclude_history: bool = Field(True, description="leave out what the history holds")
-    filters: dict[str, list[str]] = Field(
+    filters: dict[Id, list[Annotated[str, Field(max_length=256)]]] = Field(
         {}, max_length=16, description="per catalogue column the values of which an item must have one"
     )
     timeout_ms: int | None = Field(

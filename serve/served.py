@@ -14,6 +14,7 @@ from rporec.promotion import Promoted, promoted
 from rporec.run import Run
 
 LOOK_EVERY = 0.5  # seconds between two looks at promoted.json
+AGAIN = 10.0  # seconds after a version could not be taken
 LOGGER = logging.getLogger("ray.serve")
 
 
@@ -39,17 +40,21 @@ class Served:
     async def follow(self, version: Callable[[], str], take: Callable[[Promoted], Awaitable[None]]) -> None:
         """Call `take` whenever another version than `version()` is in use, for ever.
 
-        A version that cannot be taken leaves the one that serves in place, with a line in the log.
+        A version that cannot be taken leaves the one that serves in place, with a line in the log, and is tried again.
         """
-        refused = None
         while True:
             await asyncio.sleep(LOOK_EVERY)
-            found = self.promoted()
-            if found.version in (version(), refused):
-                continue
             try:
-                await take(found)
-                LOGGER.info("version %s took over", found.version)
+                found = self.promoted()
+                if found.version != version():
+                    await take(found)
+                    LOGGER.info("version %s took over", found.version)
             except Exception as error:
-                refused = found.version
-                LOGGER.error("version %s cannot serve, %s goes on: %s", found.version, version(), error)
+                LOGGER.error("version %s goes on, the one in use now cannot be taken: %s", version(), error)
+                await asyncio.sleep(AGAIN)
+
+
+def still(following: asyncio.Task) -> None:
+    """Raises RuntimeError when a task of `follow` has ended."""
+    if following.done():
+        raise RuntimeError("this replica no longer looks for other versions")

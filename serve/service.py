@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from rporec.text.completion import TAGS, parse
 from serve.schema import Event, Feedback, Item, NewItem, RecommendRequest, RecommendResponse, ScoredItem, User
 
 TRIES = 4  # of one call, each on another replica when the last one died
+RANKING = 30.0  # seconds within which the retriever must answer
 WRITE_EVERY = 0.02  # seconds: feedback that comes within them shares one file
 
 
@@ -172,7 +174,10 @@ class Service:
             version=thought and thought.version,
         )
         ranking = time.monotonic()
-        ranked = await self._backend.rank(query)
+        try:
+            ranked = await asyncio.wait_for(self._backend.rank(query), RANKING)
+        except TimeoutError:
+            raise Unavailable("the retriever does not answer; ask again later") from None
         done = time.monotonic()
         if len(ranked.items) < request.k:
             asked.warnings.append(f"k: only {len(ranked.items)} items are left to recommend")
@@ -240,12 +245,16 @@ class Service:
         try:
             await asyncio.to_thread(self._log.append, [reaction for reaction, _ in batch])
         except Exception as error:
-            for _, written in batch:
-                written.set_exception(error)
-            return
+            failure: Exception | None = error
+        else:
+            failure = None
         for _, written in batch:
-            if not written.done():
+            if written.done():  # its client has gone
+                continue
+            if failure is None:
                 written.set_result(None)
+            else:
+                written.set_exception(failure)
 
 
 class Users:
@@ -255,6 +264,7 @@ class Users:
         self._dataset, self._log = dataset, log
         self._row = {user: row for row, user in enumerate(dataset.user_ids)}
         self._since: dict[str, list[str]] = {}
+        self._reading = threading.Lock()  # the event loop and the thread of a search
 
     def history(self, user: str, catalog: Catalog) -> np.ndarray | None:
         """int64 item indices, oldest first; None for a user that nobody knows."""
@@ -268,13 +278,14 @@ class Users:
 
     def find(self, text: str, limit: int) -> list[str]:
         self._refresh()
-        known = [*self._dataset.user_ids, *(user for user in self._since if user not in self._row)]
+        known = [*self._dataset.user_ids, *(user for user in list(self._since) if user not in self._row)]
         return [user for user in known if text in user][:limit]
 
     def _refresh(self) -> None:
-        for reaction in self._log.news():
-            if reaction.event not in NO_CHOICE:
-                self._since.setdefault(reaction.user_id, []).append(reaction.item_id)
+        with self._reading:
+            for reaction in self._log.news():
+                if reaction.event not in NO_CHOICE:
+                    self._since.setdefault(reaction.user_id, []).append(reaction.item_id)
 
 
 def readable(text: str, warnings: list[str]) -> tuple[str, str | None]:

@@ -30,19 +30,21 @@ class GrowingCatalog:
 
     def refresh(self) -> bool:
         """Read what was added since; True when there was something. One `stat` when there was not."""
-        if not self._watch.changed():
-            return False
-        return self._read()
+        with self._reading:  # threads that append the same item each would shift all later ones
+            return self._watch.changed() and self._read()
+
+    def _read_now(self) -> bool:
+        with self._reading:
+            return self._read()
 
     def _read(self) -> bool:
-        with self._reading:  # threads that append the same item each would shift all later ones
-            added = len(self.catalog) - len(self.base)
-            new: list[pa.Table] = []
-            while (path := self._path(added + len(new))).exists():
-                new.append(pq.read_table(path, schema=self.base.table.schema))
-            if new:
-                self.catalog = Catalog(pa.concat_tables([self.catalog.table, *new]))
-            return bool(new)
+        added = len(self.catalog) - len(self.base)
+        new: list[pa.Table] = []
+        while (path := self._path(added + len(new))).exists():
+            new.append(pq.read_table(path, schema=self.base.table.schema))
+        if new:
+            self.catalog = Catalog(pa.concat_tables([self.catalog.table, *new]))
+        return bool(new)
 
     def add(self, item_id: str, attributes: Mapping[str, str]) -> int:
         """Add one item for good; returns its index.
@@ -66,7 +68,7 @@ class GrowingCatalog:
         try:
             sync(temporary)
             while True:
-                self._read()
+                self._read_now()
                 if item_id in self.catalog.index:
                     raise DataError(f"item_id: {item_id!r} is in the catalogue already")
                 place = len(self.catalog) - len(self.base)
@@ -75,7 +77,7 @@ class GrowingCatalog:
                 except FileExistsError:
                     continue
                 sync(self.folder)
-                self._read()
+                self._read_now()
                 return len(self.base) + place
         finally:
             temporary.unlink(missing_ok=True)

@@ -60,5 +60,6 @@ class FeedbackLog:
         if not self._watch.changed():
             return []
         parts = sorted(path for path in self.folder.glob("*.parquet") if path.name not in self._read)
+        found = [Reaction(**row) for path in parts for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
         self._read.update(path.name for path in parts)
-        return [Reaction(**row) for path in parts for row in pq.read_table(path, schema=SCHEMA).to_pylist()]
+        return found

@@ -31,7 +31,7 @@ class Trained:
     def __init__(self, folder: Path, send: Callable[[Order], Answer | None], put_seconds: float = 0.0) -> None:
         config = parse_config(
             {"groups_per_step": 8, "steps": STEPS, "checkpoint_every": 3, "rollout_workers": 2, "max_staleness": 0}
-            | {"engine": {"max_num_seqs": 16}, "rl": {"validate_every": 1000}}
+            | {"engine": {"max_num_seqs": 16}, "rl": {"validate_every": 1000}, "promotion": {"automatic": False}}
         )
         self.placement = SimulatedPlacement(Latency(1.0, 0.5), start=5.0, put_seconds=put_seconds)
         self.controller = Controller(Run(folder), config, self.placement, SimulatedRecipe())

@@ -25,6 +25,7 @@ COMMANDS = (
     "train",
     "evaluate",
     "status",
+    "plan",
     "report",
     "export",
     "debug",

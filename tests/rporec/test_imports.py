@@ -20,7 +20,7 @@ FLOORS = (
     ("rporec.text", "rporec.baselines", "rporec.run", "rporec.status", "rporec.promotion"),
     ("rporec.models", "rporec.report"),
     ("rporec.rl",),
-    ("rporec.recipes", "rporec.envs", "rporec.export", "rporec.doctor"),
+    ("rporec.recipes", "rporec.envs", "rporec.export", "rporec.doctor", "rporec.plan"),
     ("actors",),
     ("serve",),
     ("rporec.cli",),

@@ -228,6 +228,7 @@ def test_text_of_users_and_items_cannot_break_the_format(client, dataset):
 @pytest.mark.parametrize(
     ("body", "status"),
     [
+        (b'{"history": ["a"], "filters": {"genre": ["\\ud800"]}}', 422),
         (b'{"history": ["a"], "k": 0}', 422),
         (b'{"history": ["a"], "k": 1000000}', 422),
         (b'{"history": "a"}', 422),

@@ -199,6 +199,9 @@ def test_a_killed_replica_fails_no_request(service: ServedRun, role: str) -> Non
                     names = [line for line in answer.iter_lines() if line.startswith("event: ")]
                 streams[names[-1]] += 1
 
+    with httpx.Client(base_url=service.url) as client:  # the one that comes in its place must know added items too
+        client.post("/v1/items", json={"item_id": "added", "title": dataset.catalog.title(0)})
+    bodies.append({"history": ["added"], "k": K, "reason": True})
     before = replicas(service, role)
     with Load(service.url, bodies).going_on(4) as load:
         streaming = threading.Thread(target=stream)
@@ -208,9 +211,12 @@ def test_a_killed_replica_fails_no_request(service: ServedRun, role: str) -> Non
         killed = len(load.answers)
         load.wait(lambda load: len(load.answers) > killed + 20)
         load.wait(lambda _: len(set(replicas(service, role)) - {before[0]}) == 2)
+        replaced = len(load.answers)
+        load.wait(lambda load: len(load.answers) > replaced + 40)
         load.over.set()
         streaming.join()
     assert not load.failures, load.failures[:3]
+    assert streams["event: result"] > 0
     assert set(streams) <= {"event: result", "event: error"}
     print(f"{role}: {len(load.answers)} answers, max {max(took for *_, took in load.answers):.2f} s, streams {streams}")
 

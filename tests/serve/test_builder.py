@@ -1,0 +1,42 @@
+"""A run's application as Ray Serve builds it from a config file."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as from_file
+
+from rporec.config import ConfigError, parse_config
+from rporec.promotion import promoted
+from rporec.run import Run
+from serve.builder import build
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run.create(tmp_path / "run", parse_config({}), resume=False)
+    for folder in (run.warm_model, run.head()):
+        folder.mkdir(parents=True)
+        (folder / "weights").touch()
+    return run
+
+
+def test_arguments_of_a_file_become_a_guarded_application_of_what_is_promoted(run):
+    with pytest.raises(ConfigError, match="serve needs stage stage1"):
+        from_file(build, {"run": str(run.folder)})
+    with run.stage("stage1"):
+        pass
+    made = from_file(build, {"run": str(run.folder), "overrides": ["serve.reasoners=2"], "cuda": True})
+    assert promoted(run).version == "0.0"
+    served, guarded, reasoner, _ = made._bound_deployment.init_args
+    assert guarded
+    assert served.config.serve.reasoners.min == 2
+    assert reasoner._bound_deployment.num_replicas == 2
+    assert reasoner._bound_deployment.ray_actor_options["num_gpus"] == 1
+
+
+def test_arguments_that_are_wrong_are_refused(run):
+    with pytest.raises(ConfigError, match="no such run"):
+        from_file(build, {"run": str(run.folder / "none")})
+    with pytest.raises(ValidationError, match="runn"):
+        from_file(build, {"run": str(run.folder), "runn": 1})
