@@ -33,6 +33,10 @@ class Cluster:
     def device(self) -> str:
         return "cuda" if self.cuda else "cpu"
 
+    def core(self, index: int) -> int | None:
+        """The core that the `index`-th worker is pinned to; None where it need not be on this machine, or has a GPU."""
+        return core(index) if self.local and not self.cuda else None
+
 
 @contextlib.contextmanager
 def connected(config: Config, address: str | None, namespace: str) -> Iterator[Cluster]:

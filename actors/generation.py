@@ -11,7 +11,7 @@ import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from actors.cluster import Cluster, core, last_words
+from actors.cluster import Cluster, last_words
 from actors.rollout import RolloutWorker, rollout_options
 from rporec.config import Config
 from rporec.engine.types import EngineError
@@ -33,7 +33,7 @@ class RolloutPool:
                 engine=config.engine,
                 context=context,
                 seed=config.seed + index,
-                cpu_core=None if cluster.cuda else core(index),
+                cpu_core=cluster.core(index),
             )
             for index in range(workers)
         ]

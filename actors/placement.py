@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.cluster import Cluster, core
+from actors.cluster import Cluster
 from actors.reward import RewardWorker, reward_options
 from actors.rollout import RolloutWorker, rollout_options
 from actors.weight_store import WeightStore
@@ -60,7 +60,7 @@ class RayPlacement:
             engine=config.engine,
             context=recipe.context,
             seed=config.seed + place,
-            cpu_core=None if self.cluster.cuda else core(place),
+            cpu_core=self.cluster.core(place),
         )
 
     def reward(self, run: Run, config: Config, name: str) -> Any:

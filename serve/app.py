@@ -124,8 +124,13 @@ def _counted(metrics: Metrics, response: RecommendResponse) -> RecommendResponse
 
 
 # --- server-sent events --------------------------------------------------------------------------
+_STREAM_EVENT = {  # `data` is JSON as `serve.schema` says
+    "type": "object",
+    "properties": {"event": {"enum": ["token", "result", "error"]}, "data": {"type": "string"}},
+    "required": ["event", "data"],
+}
 _STREAM = {
-    "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    "content": {"text/event-stream": {"schema": _STREAM_EVENT}},
     "description": "The response, or with `stream` its events: token, then result or error.",
 }
 

@@ -112,7 +112,7 @@ def test_threads_that_read_at_once_take_an_item_once(folder, monkeypatch):
         return read(*args, **options)
 
     monkeypatch.setattr(added_items.pq, "read_table", slowly)
-    threads = [threading.Thread(target=catalog._read) for _ in range(4)]
+    threads = [threading.Thread(target=catalog._read_now) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
