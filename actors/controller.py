@@ -114,9 +114,13 @@ class Controller:
         while True:
             while not self.scoring.may_score():
                 await signal(self.scoring.wrote)
+            await self.scoring.gather()
             worker = await self.staff.idle_reward()
             worker.running = 1
-            self.training.spawn(self.scoring.reward(worker, self.scoring.take_written()))
+            if groups := self.scoring.take_written():
+                self.training.spawn(self.scoring.reward(worker, groups))
+            else:  # a rollback came meanwhile
+                self.staff.free(worker)
 
     async def train(self) -> None:
         """Give each learner step its groups: oldest version first, none beyond the staleness bound."""

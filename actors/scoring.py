@@ -15,6 +15,8 @@ from rporec.rl.rollout_schema import GroupMeta
 
 # Groups that one reward call may hold: enough to batch, few enough to return within a second.
 REWARD_BATCH = 32
+# Seconds for which a reward worker waits for company for the first group: a call costs more than a group does.
+GATHER = 0.2
 # Steps' worth of flat groups in a row after which dynamic sampling would draw for ever.
 FLAT_STEPS = 20
 
@@ -31,6 +33,11 @@ class Scoring:
 
     def may_score(self) -> bool:
         return bool(self.written) and (not self.training.on_policy or not self.ledger.running)
+
+    async def gather(self) -> None:
+        """Let a pile that is small grow a little; on policy it is whole."""
+        if not self.training.on_policy and len(self.written) < REWARD_BATCH:
+            await asyncio.sleep(GATHER)
 
     def take_written(self) -> list[Group]:
         """As much as has piled up; a suspect alone."""
@@ -58,9 +65,8 @@ class Scoring:
                 if judged := self.ledger.scored(group, payload, meta):
                     self._judged(judged, meta)
         finally:
-            worker.running = 0
             self.journal.reward_seconds += time.monotonic() - began
-            self.staff.idle_rewards.put_nowait(worker)
+            self.staff.free(worker)
             self.training.scored.set()
             self.training.room.set()
 

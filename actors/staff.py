@@ -44,7 +44,7 @@ class Staff:
         await asyncio.gather(*(self._add(role, place) for role in roles for place in range(role.wanted)))
 
     async def idle_reward(self) -> Worker:
-        """The next one with nothing to do. Whoever takes it puts it back into `idle_rewards`, dead or alive."""
+        """The next one with nothing to do. Whoever takes it gives it back to `free`, dead or alive."""
         while (worker := await self.idle_rewards.get()).state != "ALIVE":
             pass
         return worker
@@ -66,6 +66,11 @@ class Staff:
             training.spawn(self._replace(workers, worker.place))
         training.spawn(training.forget_lost())  # it may have gone with its whole node
         training.room.set()
+
+    def free(self, worker: Worker) -> None:
+        """A reward worker that `idle_reward` gave has nothing to do again."""
+        worker.running = 0
+        self.idle_rewards.put_nowait(worker)
 
     def scale(self, role: str, count: int) -> list[dict[str, Any]]:
         """Have `count` workers of a role from now on; those that leave finish what they hold. Returns who there is."""

@@ -93,8 +93,7 @@ class Validation:
                     raise
                 self.staff.lost(worker, error)
             finally:
-                worker.running = 0
-                self.staff.idle_rewards.put_nowait(worker)
+                self.staff.free(worker)
 
     async def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion
