@@ -5,8 +5,8 @@
 Nothing is trained, since that does not change the cost: a catalogue of 5,000 items, a RecHead with its experts, a
 tiny model of about 1 M parameters and one of about 10 M that writes 64 tokens. `fast` is `reason: false`. The empty
 application has the same hops (proxy, FastAPI ingress, a batching deployment) on the same cluster and is asked in turns
-with the real one. The bare engine is asked by as many coroutines as HTTP has clients; it and the reasoner's engine have
-the last core to themselves in turns, and everything else, these clients too, has the others.
+with the real one. The bare engine is asked by as many coroutines as HTTP has clients; it and the reasoner's engine are
+pinned to the last core in turns, and everything else has the rest.
 """
 
 from __future__ import annotations
@@ -28,21 +28,19 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from ray import serve
 
-from actors.cluster import connected
+from actors.cluster import connected, cores
 from benchmarks.result import result
 from benchmarks.reward import untrained_run
-from rporec.config import Config, override, parse_config
+from rporec.config import Config, parse_config
 from rporec.engine.vllm_start import engine_environment
 from rporec.promotion import promote_best
 from rporec.recipes.rporec import RPORec
 from rporec.run import Run
-from serve.launch import deploy
+from serve.launch import APPLICATION, deploy
 from serve.served import Served
 
 CLIENTS = 16
 TOKENS = 64
-PORT = 8765
-URL = f"http://127.0.0.1:{PORT}"
 ROUNDS = 3
 SECONDS = 6.0  # of one measurement of throughput
 REQUESTS = 150  # of one measurement of latency
@@ -63,20 +61,8 @@ def run() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         tiny = _prepared(Path(scratch) / "tiny", parse_config(CONFIG))
         large = _prepared(Path(scratch) / "large", parse_config({**CONFIG, "tiny": TEN_MILLION}))
-        found: dict[str, dict[str, Any]] = {"ratios": {}, "wall_seconds": {}, "absolute": {}}
         with connected(tiny.config(), None, "bench-serve"):
-            asyncio.run(_fast(tiny, found))
-        every = os.sched_getaffinity(0)
-        core = max(every) if len(every) > 1 else None
-        try:
-            if core is not None:  # the cluster's processes inherit it; engines pin themselves
-                os.sched_setaffinity(0, every - {core})
-            for name, one in (("tiny", tiny), ("large", large)):
-                with connected(one.config(), None, "bench-serve"):
-                    asyncio.run(_reasoned(one, core, name, found))
-        finally:
-            os.sched_setaffinity(0, every)
-    return result("serve", found["ratios"], found["wall_seconds"], {}, absolute=found["absolute"])
+            return asyncio.run(_measured(tiny, large))
 
 
 def _prepared(folder: Path, config: Config) -> Run:
@@ -86,6 +72,30 @@ def _prepared(folder: Path, config: Config) -> Run:
             pass
     promote_best(run)
     return run
+
+
+async def _measured(tiny: Run, large: Run) -> dict[str, Any]:
+    port = 8765
+    url = f"http://127.0.0.1:{port}"
+    core = max(os.sched_getaffinity(0)) if cores() > 1 else None
+    settings = [f"serve.engine_core={core}"] if core is not None else []
+    ratios: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
+    absolute: dict[str, Any] = {}
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        for name, one in (("tiny", tiny), ("large", large)):
+            from rporec.config import override
+
+            served = Served(one, override(one.config(), settings))
+            await asyncio.to_thread(deploy, served, "127.0.0.1", port, guarded=False, cuda=False)
+            if name == "tiny":
+                await asyncio.to_thread(serve.run, _empty(), name="empty", route_prefix="/empty")
+                await _fast(http, url, one, ratios, seconds, absolute)
+                await asyncio.to_thread(serve.delete, "empty")
+            await _reasoned(http, url, one, core, name, ratios, absolute)
+            await asyncio.to_thread(serve.delete, APPLICATION)
+    serve.shutdown()
+    return result("serve", ratios, seconds, {}, absolute=absolute)
 
 
 # --- reason: false -------------------------------------------------------------------------------
@@ -111,15 +121,7 @@ def _empty() -> Any:
     return Front.bind(Answers.bind())
 
 
-async def _fast(run: Run, found: dict[str, dict[str, Any]]) -> None:
-    await _deployed(run)
-    await asyncio.to_thread(serve.run, _empty(), name="empty", route_prefix="/empty")
-    async with _session() as http:
-        await _ask_fast(http, run, **found)
-    serve.shutdown()
-
-
-async def _ask_fast(http: aiohttp.ClientSession, run: Run, ratios: dict, wall_seconds: dict, absolute: dict) -> None:
+async def _fast(http: aiohttp.ClientSession, url: str, run: Run, ratios: dict, seconds: dict, absolute: dict) -> None:
     histories = _histories(run)
 
     def real(number: int) -> dict[str, Any]:
@@ -129,8 +131,8 @@ async def _ask_fast(http: aiohttp.ClientSession, run: Run, ratios: dict, wall_se
         return {"history": histories[number % len(histories)], "k": 10}
 
     ways = {
-        "fast": lambda number: _post(http, f"{URL}/v1/recommend", real(number)),
-        "empty": lambda number: _post(http, f"{URL}/empty/ask", empty(number)),
+        "fast": lambda number: _post(http, f"{url}/v1/recommend", real(number)),
+        "empty": lambda number: _post(http, f"{url}/empty/ask", empty(number)),
     }
     alone: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
@@ -146,27 +148,14 @@ async def _ask_fast(http: aiohttp.ClientSession, run: Run, ratios: dict, wall_se
     share = np.median(np.array(rates["fast"]) / np.array(rates["empty"]))
     ratios["fast_share_of_throughput"] = round(float(share), 3)
     for name in ways:
-        wall_seconds[f"{name}_p50"] = p50[name]
-        wall_seconds[f"{name}_p99"] = float(np.percentile(alone[name], 99))
+        seconds[f"{name}_p50"] = p50[name]
+        seconds[f"{name}_p99"] = float(np.percentile(alone[name], 99))
         absolute[f"{name}_requests_per_second"] = round(float(np.median(rates[name])), 1)
 
 
 # --- reason: true --------------------------------------------------------------------------------
-async def _reasoned(run: Run, core: int | None, name: str, found: dict[str, dict[str, Any]]) -> None:
-    await _deployed(run, *([f"serve.engine_core={core}"] if core is not None else []))
-    async with _session() as http:
-        await _ask_reasoned(http, run, core, name, **found)
-    serve.shutdown()
-
-
-async def _ask_reasoned(
-    http: aiohttp.ClientSession,
-    run: Run,
-    core: int | None,
-    name: str,
-    ratios: dict,
-    wall_seconds: dict,
-    absolute: dict,
+async def _reasoned(
+    http: aiohttp.ClientSession, url: str, run: Run, core: int | None, name: str, ratios: dict, absolute: dict
 ) -> None:
     recipe = RPORec(run, run.config())
     items = recipe.dataset.catalog.index
@@ -184,11 +173,11 @@ async def _ask_reasoned(
     firsts: list[float] = []
 
     async def streamed(number: int) -> None:
-        firsts.append(await _first_token(http, f"{URL}/v1/recommend", body(number, True)))
+        firsts.append(await _first_token(http, f"{url}/v1/recommend", body(number, True)))
 
     ways: dict[str, Callable[[], Awaitable[float]]] = {
         "bare": lambda: bare.tokens_per_second.remote(prompts, CLIENTS, SECONDS),
-        "whole": lambda: _tokens(lambda n: _post(http, f"{URL}/v1/recommend", body(n, False))),
+        "whole": lambda: _tokens(lambda n: _post(http, f"{url}/v1/recommend", body(n, False))),
         "streamed": lambda: _tokens(streamed),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
@@ -205,7 +194,7 @@ async def _ask_reasoned(
         ratios[f"{name}_{way}_share_of_tokens"] = round(float(share), 3)
     absolute[f"{name}_tokens_per_second"] = {way: round(float(np.median(rate)), 1) for way, rate in rates.items()}
     absolute[f"{name}_first_token_seconds_at_{CLIENTS}"] = round(float(np.median(firsts)), 4)
-    alone = [await _first_token(http, f"{URL}/v1/recommend", body(number, True)) for number in range(20)]
+    alone = [await _first_token(http, f"{url}/v1/recommend", body(number, True)) for number in range(20)]
     absolute[f"{name}_first_token_seconds"] = round(float(np.median(alone)), 4)
 
 
@@ -238,15 +227,6 @@ class _Bare:
     async def _write(self, prompt: Sequence[int]) -> np.ndarray:
         [written] = await asyncio.wrap_future(self.engine.submit(prompt, self.recipe.greedy_spec()))
         return written.token_ids
-
-
-async def _deployed(run: Run, *settings: str) -> None:
-    served = Served(run, override(run.config(), list(settings)))
-    await asyncio.to_thread(deploy, served, "127.0.0.1", PORT, guarded=False, cuda=False)
-
-
-def _session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
 
 
 # --- asking --------------------------------------------------------------------------------------
