@@ -72,7 +72,7 @@ class Retriever:
         version = query.version or self._version
         if version not in self._heads:  # a reasoner was quicker to take it, or it is an old one
             await self._load(Promoted(version, self._served.run.folder / "promoted" / version))
-        await self._catch_up(query.items)
+        await self._catch_up(version, query.items)
         return await self._ranked(replace(query, version=version))
 
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.0)
@@ -117,15 +117,16 @@ class Retriever:
             recommender = recommender.grown(self._catalog.catalog)
         return recommender
 
-    async def _catch_up(self, items: int) -> None:
-        """Know as many items as the query does that knows the most."""
-        if items <= len(self._catalog.catalog):
+    async def _catch_up(self, version: str, items: int) -> None:
+        """Have a head over as many items as the query knows; asked of the head, which grows after the catalogue."""
+        if items <= len(self._heads[version].catalog):
             return
         async with self._changing:
-            if self._catalog.refresh():
-                grown = self._catalog.catalog
-                for version, head in list(self._heads.items()):
-                    self._heads[version] = await asyncio.to_thread(head.grown, grown)
+            self._catalog.refresh()
+            grown = self._catalog.catalog
+            for name, head in list(self._heads.items()):
+                if len(head.catalog) < len(grown):
+                    self._heads[name] = await asyncio.to_thread(head.grown, grown)
 
     async def _take(self, version: Promoted) -> None:
         await self._load(version)
