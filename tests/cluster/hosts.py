@@ -91,6 +91,14 @@ class Hosts:
         while self._answers(index):  # the kernel is still at it
             time.sleep(0.05)
 
+    def cut(self, index: int) -> None:
+        """As when its cable is pulled: nothing comes or goes, and nobody is told."""
+        _ip("link", "set", f"{_name(index)}-up", "down")
+
+    def join(self, index: int) -> None:
+        """Plug the cable in again."""
+        _ip("link", "set", f"{_name(index)}-up", "up")
+
     def _answers(self, index: int) -> bool:
         try:
             socket.create_connection((self.address(index), 22), 1).close()
