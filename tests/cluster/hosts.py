@@ -51,6 +51,7 @@ class Hosts:
         for index in list(self._first):
             self.kill(index)
             with contextlib.suppress(subprocess.CalledProcessError):
+                _ip("link", "del", f"{_name(index)}-up")  # a namespace stays until its last socket has timed out
                 _ip("netns", "del", _name(index))
         _ip("link", "del", BRIDGE)
 
