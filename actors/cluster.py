@@ -73,12 +73,11 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray's own would end this process on the spot
     try:
-        offered = ray.cluster_resources()
         yield Cluster(
             address=context.address_info["gcs_address"],
             namespace=namespace,
             local=address is None,
-            cuda=offered.get("GPU", 0) > 0 and (address is not None or _cuda_torch()),
+            cuda=offered().get("GPU", 0) > 0 and (address is not None or _cuda_torch()),
         )
     finally:
         ray.shutdown()
@@ -107,15 +106,20 @@ def _cuda_torch() -> bool:
     return torch.cuda.is_available()
 
 
-def missing_roles(needed: dict[str, int]) -> list[str]:
-    """Roles of `{role: workers}` for which the cluster, as it is now, declares too little of their resource."""
+def offered() -> dict[str, float]:
+    """Resources that the cluster declares now, or can have when its autoscaler has brought all nodes that it may."""
     import ray
+    from ray._private.state import state  # of Ray's public functions none tells
 
-    offered = ray.cluster_resources()
+    now, most = ray.cluster_resources(), state.get_max_resources_from_cluster_config() or {}
+    return {name: max(now.get(name, 0), most.get(name, 0)) for name in {*now, *most}}
+
+
+def missing_roles(needed: dict[str, int]) -> list[str]:
+    """Roles of `{role: workers}` for which the cluster cannot have as much of their resource, as far as it says."""
+    there = offered()
     return [
-        f"{role} ({offered.get(role, 0):g} of {count})"
-        for role, count in needed.items()
-        if offered.get(role, 0) < count
+        f"{role} ({there.get(role, 0):g} of {count})" for role, count in needed.items() if there.get(role, 0) < count
     ]
 
 
