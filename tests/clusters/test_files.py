@@ -307,7 +307,7 @@ def slurm(tmp_path):
 def test_slurm_starts_roles_on_their_nodes_and_trains_on_the_head(slurm, tmp_path):
     assert slurm("exit 7").wait(timeout=30) == 7
     calls = (tmp_path / "calls").read_text()
-    head, workers = re.findall(r"^ray start .*", calls, re.M)
+    head, workers = sorted(re.findall(r"^ray start .*", calls, re.M), key=lambda call: "--head" not in call)
     assert "--head" in head
     assert "--dashboard-host=127.0.0.1" in head
     assert json.loads(re.search(r"--resources=(.*)", head)[1]) == {"learner": 4, "reward": 2, "serve": 3}
