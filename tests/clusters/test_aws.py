@@ -1,6 +1,6 @@
 """What Ray asks of AWS for clusters/aws.yaml: its own provider with moto's account, in this process.
 
-The whole `ray up`, with an autoscaler that asks and hosts that answer: tests/cluster/test_aws.py.
+The whole `ray up`, with an autoscaler that asks and hosts that answer: tests/cluster/test_ray_up_aws.py.
 """
 
 from __future__ import annotations
