@@ -228,6 +228,8 @@ class Config(Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
     backbone: str = "tiny"
+    # auto: CUDA where a GPU is there when the run begins; cuda: also where an autoscaler has yet to bring one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     recipe: Literal["rporec"] = "rporec"
     data: DataConfig = DataConfig()
     tiny: TinyConfig = TinyConfig()
