@@ -108,7 +108,7 @@ def ray(hosts, aws, ec2):
         "RAY_AUTH_MODE": "token",
     }
 
-    def run(word, *words, seconds=240.0):
+    def run(word, *words, seconds=480.0):
         done = subprocess.run(
             ["ray", word, file, *words],
             cwd=ROOT, env=environment, timeout=seconds, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
