@@ -319,7 +319,8 @@ def _plan(options: argparse.Namespace) -> int:
         speeds = Speeds(**given)
     elif any(given.values()):
         raise ConfigError("plan: --rollout-seconds and --learner-seconds go together, or --run has the other one")
-    planned = plan(config, pools, speeds)
+    balance = importlib.import_module("actors.forecast").balance if speeds else None
+    planned = plan(config, pools, speeds, balance)
     if options.json:
         print(json.dumps(planned))
     else:
