@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 HEAD, LEARNER, ROLLOUT, SECOND, REWARD, SERVE = range(6)
 TYPES = {HEAD: "head", LEARNER: "learner", ROLLOUT: "rollout", SECOND: "rollout", REWARD: "reward", SERVE: "serve"}
 GROUPS = 8
+NOTHING = {"state": "", "step": 0, "actors": [], "deaths": []}  # before stage 2
 CONFIG = f"""
 name: demo
 data: {{window: 8, synthetic: {{users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}}}
@@ -72,8 +73,7 @@ class User:
             "10.0.0.10": self.hosts.address(HEAD),
             "JOB": self.job,
         }
-        for name, mine in names.items():
-            command = command.replace(name, mine)
+        command = re.sub("|".join(map(re.escape, names)), lambda name: names[name[0]], command)
         home = self.hosts.folder / "home"
         environment = {
             **os.environ,
@@ -102,7 +102,7 @@ class User:
     def wait(self, until, what: str, seconds: float = 300.0) -> dict:
         """The first status for which `until` holds."""
         deadline = time.monotonic() + seconds
-        while not ((status := self.status) and until(status)):
+        while not until(status := self.status or NOTHING):
             if time.monotonic() > deadline:
                 log = self.hosts.shell(HEAD, "tail -n 40 /tmp/ray/session_latest/logs/monitor.log")
                 pytest.fail(f"{what}: not within {seconds:.0f} s\n{json.dumps(status, indent=1)[:3000]}\n{log}")
@@ -161,8 +161,13 @@ def test_a_training_on_hosts_of_its_own(user, step):
     with step("rporec train --address", "code and config travel; each role on a host of its own; Ctrl-C detaches"):
         train = user.start("rporec train configs/demo.yaml --run /shared/runs/demo --address http://127.0.0.1:8265")
         try:
-            status = user.wait(lambda status: status["state"] == "RUNNING" and status["step"] >= 2, "stage 2", 600)
-        except pytest.fail.Exception as error:
+            status = user.wait(
+                lambda status: train.poll() is not None or (status["state"] == "RUNNING" and status["step"] >= 2),
+                "stage 2",
+                600,
+            )
+            assert train.poll() is None
+        except (AssertionError, pytest.fail.Exception) as error:
             train.terminate()
             pytest.fail(f"{error}\n{train.communicate()[0][-4000:]}")
         train.send_signal(signal.SIGINT)
