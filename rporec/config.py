@@ -147,7 +147,7 @@ class ReReConfig(Section):
     """`recipe: rere`: what the LLM writes is an item, see `rporec.recipes.rere`."""
 
     identity: Literal["title", "semantic"] = "title"  # semantic: one code a level, of similar items the same ones
-    levels: int = Field(3, ge=1)  # semantic: codes of an item, besides one that tells equal ones apart
+    levels: int = Field(3, ge=1, le=20)  # semantic: codes of an item, besides one that tells equal ones apart
     codes: int = Field(64, ge=2)  # semantic: how many there are at each level
     sampling: Literal["beams", "dynamic"] = "beams"  # dynamic: draw 1.5 G items, keep hits and the most diverse misses
     rule: float = 1.0  # weights of the reward's terms

@@ -95,10 +95,11 @@ class Trie:
             raise ValueError(f"trie: the tokens of item {other} begin with all those of item {one}")
 
 
-def write_sequences(path: Path, sequences: Sequence[Sequence[int]]) -> None:
-    """The tokens of items 0 … N - 1, for `load_trie`."""
+def write_sequences(path: Path, sequences: Sequence[Sequence[int]], texts: Sequence[str] | None = None) -> None:
+    """The tokens of items 0 … N - 1 for `load_trie`, and what they spell."""
+    spelt = pa.nulls(len(sequences), pa.string()) if texts is None else pa.array(texts, pa.string())
     with replacing(path) as temporary:
-        pq.write_table(pa.table({"tokens": pa.array(sequences, pa.list_(pa.int32()))}), temporary)
+        pq.write_table(pa.table({"text": spelt, "tokens": pa.array(sequences, pa.list_(pa.int32()))}), temporary)
 
 
 @lru_cache(maxsize=4)
