@@ -27,6 +27,7 @@ BENCHMARKS = {
     "retrieval": "retrieval",
     "reward": "reward",
     "serve": "serving",
+    "trie": "trie",
     "weights": "weights",
 }
 
