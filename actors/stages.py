@@ -27,6 +27,7 @@ from actors.learner import head_loop, warmup_loop
 from actors.reinforce import reinforce
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
+from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
 from rporec.recipes.rporec import RPORec
@@ -53,6 +54,10 @@ def prepare_data(run: Run, config: Config, console: Console) -> None:
                 write_synthetic(source, settings.synthetic, config.seed)
         else:
             source = Path(settings.path)
+            if is_url(settings.path):
+                source = run.folder / "source"
+                if not source.exists():
+                    fetch(settings.path, source, report)
             if is_built(source):
                 write_json(run.folder / "data.json", {"path": str(source.absolute())})
                 return
