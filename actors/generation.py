@@ -67,7 +67,7 @@ class RolloutPool:
             while missing and idle:
                 number, index = missing.pop(), idle.pop()
                 worker = self.workers[index]
-                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.shard_spec(number))
+                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.specs(number))
                 running[asked] = (number, index, worker)
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             number, index, worker = running.pop(done)

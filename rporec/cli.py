@@ -27,6 +27,7 @@ BENCHMARKS = {
     "retrieval": "retrieval",
     "reward": "reward",
     "serve": "serving",
+    "trie": "trie",
     "weights": "weights",
 }
 
@@ -273,6 +274,7 @@ def _promote(options: argparse.Namespace) -> None:
     from rporec.promotion import promote_best, roll_back
 
     run = Run.open(options.run)
+    run.require_head("promote")
     chosen = roll_back(run) if options.rollback else promote_best(run)
     print(f"{run.folder}: version {chosen.version} serves")
 
@@ -280,6 +282,7 @@ def _promote(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "serve")
+    run.require_head("serve")
     if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine.", "device="))]:
         raise ConfigError(f"{bad[0]!r}: serving changes device and keys of serve. and engine.; the rest is the run's")
     if not 0 < options.port < 2**16:
@@ -299,7 +302,9 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from rporec.export import export_run
 
-    print(export_run(Run.open(options.run), options.out))
+    run = Run.open(options.run)
+    run.require_head("export")
+    print(export_run(run, options.out))
 
 
 def _plan(options: argparse.Namespace) -> int:
