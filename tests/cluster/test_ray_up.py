@@ -197,8 +197,7 @@ def test_a_training_on_hosts_of_its_own(user, step):
         hosts.start(SECOND)
         user.wait(lambda status: len(set(alive(status, "rollout"))) == 2, "a worker on the host that is back")
 
-    with step("a rollout host is cut off for 20 s", "the run goes on meanwhile; the worker there writes on after it"):
-        deaths = len(user.status["deaths"])
+    with step("a rollout host is cut off for 20 s", "the run goes on meanwhile; a worker there writes on after it"):
         hosts.cut(SECOND)
         begun = time.monotonic()
         user.goes_on(2)
@@ -206,8 +205,8 @@ def test_a_training_on_hosts_of_its_own(user, step):
         hosts.join(SECOND)
         worked = cpu_seconds(hosts, SECOND, "RolloutWorker")
         user.goes_on(3)
-        wait(lambda: cpu_seconds(hosts, SECOND, "RolloutWorker") >= worked + 2, 60, "the worker there works")
-        assert len(user.status["deaths"]) == deaths
+        wait(lambda: cpu_seconds(hosts, SECOND, "RolloutWorker") >= worked + 2, 240, "a worker there works")
+        user.wait(lambda status: len(set(alive(status, "rollout"))) == 2, "both workers")
 
     with step("rporec scale --rollout-workers 1", "the worker finishes and leaves, then its host"):
         user("ray exec clusters/ssh.yaml 'rporec scale /shared/runs/demo --rollout-workers 1'")
