@@ -202,8 +202,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "evaluate")
     _check_address(options.address)
+    changes = [] if options.baselines is None else [f"evaluate.baselines={json.dumps(options.baselines)}"]
+    config = override(run.config(), changes)
     importlib.import_module("actors.launch").evaluate(
-        run, run.config(), ablations=options.ablations, address=options.address, console=_console()
+        run, config, ablations=options.ablations, address=options.address, console=_console()
     )
 
 
@@ -400,6 +402,9 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also with CoT and answer blanked and shuffled between users",
+    )
+    evaluate.add_argument(
+        "--baselines", metavar="NAMES", help="all, none, or a comma list (default: evaluate.baselines of the run)"
     )
     evaluate.add_argument("--address", help="Ray cluster to join")
 

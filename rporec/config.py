@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+BASELINES = (
+    *("popularity", "recent_popularity", "itemknn", "ease", "rules", "text_knn", "text_rules"),
+    *("gru4rec", "sasrec"),  # networks, and by far the dearest to tune
+)
 VLLM_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of its attention on CPU
 
 
@@ -198,6 +202,23 @@ class Elastic(Section):
         return self
 
 
+class EvaluateConfig(Section):
+    """What stands beside the run's own methods."""
+
+    baselines: tuple[str, ...] = BASELINES[:-2]  # names, or `all`
+    seeds: int = Field(3, ge=1)  # of a baseline that depends on its seed: its row is their mean
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value in ("all", "none"):
+            return BASELINES if value == "all" else ()
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and (unknown := [name for name in names if name not in BASELINES]):
+            raise ValueError(f"{unknown[0]!r} is none of all, none, {', '.join(BASELINES)}")
+        return names
+
+
 class PromotionConfig(Section):
     """When training hands a version to serving, see `rporec.promotion`."""
 
@@ -242,6 +263,7 @@ class Config(Section):
     reward: RewardConfig = RewardConfig()
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     promotion: PromotionConfig = PromotionConfig()
     serve: ServeConfig = ServeConfig()
 

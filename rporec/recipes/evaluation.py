@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from rporec.baselines.popularity import Baseline, Popularity, RecentPopularity
+from rporec.baselines.family import Baseline
+from rporec.baselines.store import BaselineStore, families
 from rporec.config import Config
 from rporec.data import Dataset
 from rporec.data.world import World
-from rporec.evaluation.cold import cold_items, held_rows
-from rporec.evaluation.table import RankTable, metrics, write_metrics
+from rporec.evaluation.cold import cold_items, popularity_strata
+from rporec.evaluation.lists import TopLists
+from rporec.evaluation.table import CONVENTIONS, DEFAULT_PAIRS, RankTable, metrics, write_metrics
 from rporec.files import write_json
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
+from rporec.models.text_neighbours import TextVectors
 from rporec.recipes.head_stage import final_head
 from rporec.recipes.rporec import RPORec
 from rporec.rl.judge import head_inputs
@@ -33,25 +36,59 @@ Scores = Callable[[np.ndarray], np.ndarray]  # sample numbers [B] -> scores [B, 
 def evaluate(run: Run, config: Config, *, ablations: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Rank test with every method the run has; writes ranks.parquet, metrics.json and rollouts.json."""
     recipe = RPORec(run, config)
-    table = RankTable()
-    for name, samples, scores in _methods(recipe, run, ablations):
+    dataset, store = recipe.dataset, baseline_store(run, config, progress)
+    table, lists = RankTable(), {convention: TopLists() for convention in CONVENTIONS}
+    for name, samples, scores in _methods(recipe, run, store, ablations):
         progress(name)
         for start in range(0, len(samples), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(samples)))
-            table.add_scores(recipe.dataset, name, samples[chunk], scores(chunk))
+            found, asked = scores(chunk), samples[chunk]
+            table.add_scores(dataset, name, asked, found)
+            lists["all"].add(name, asked, found)
+            lists["exclude_history"].add(name, asked, found, [dataset.seen(int(sample)) for sample in asked])
     table.write(run.folder / "ranks.parquet")
-    info = {"path": str(run.data), **recipe.dataset.manifest["counts"], **recipe.dataset.manifest["settings"]}
-    summary = metrics(table, info, "test", [config.seed], config.data.headline, cold=cold_items(recipe.dataset))
+    info = {"path": str(run.data), **dataset.manifest["counts"], **dataset.manifest["settings"]}
+    vote = f"vote{config.eval_samples}"
+    voted = (f"rporec_stage2_{vote}", f"rporec_stage1_{vote}")
+    pairs = DEFAULT_PAIRS if voted in DEFAULT_PAIRS else (*DEFAULT_PAIRS, voted)
+    summary = metrics(
+        table,
+        info,
+        "test",
+        [config.seed],
+        config.data.headline,
+        pairs,
+        cold=cold_items(dataset),
+        strata=popularity_strata(dataset),
+    )
+    vectors = _text_vectors(dataset)
+    for convention, shown in lists.items():
+        for name, entry in shown.summary(len(dataset.catalog), vectors).items():
+            summary["conventions"][convention]["methods"][name] |= entry
+    summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
     write_metrics(summary, run.folder / "metrics.json")
     write_json(run.folder / "rollouts.json", rollouts_side_by_side(recipe, run))
     return summary
 
 
-def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, np.ndarray, Scores]]:
+def baseline_store(run: Run, config: Config, progress: Callable[[str], None]) -> BaselineStore:
+    """The run's baselines, chosen and fitted by the conventions of its heads."""
+    return BaselineStore(
+        run.folder / "baselines",
+        Dataset.load(run.data),
+        exclude_history=config.data.headline == "exclude_history",
+        refit=config.head.refit == "train+valid",
+        progress=progress,
+    )
+
+
+def _methods(
+    recipe: RPORec, run: Run, store: BaselineStore, ablations: bool
+) -> Iterator[tuple[str, np.ndarray, Scores]]:
     """(name, sample numbers, scores of positions in them) of every method; sampled ones repeat samples."""
     dataset, config = recipe.dataset, recipe.config
     test = recipe.evaluated("test")
-    yield from _popularity(dataset, config, test)
+    yield from _baselines(store, config, test)
     history = final_head(run, recipe, "head_history")
     yield "rechead_history", test, _scored(history, head_inputs(dataset, test, None))
     head = final_head(run, recipe, "head")
@@ -67,7 +104,9 @@ def _methods(recipe: RPORec, run: Run, ablations: bool) -> Iterator[tuple[str, n
             yield f"rporec_{stage}_shuffled", samples, _scored(head, shuffled)
         if run.completions(stage, "test_sampled").is_dir():
             samples, texts = read_completions(run.completions(stage, "test_sampled"))
-            yield f"rporec_{stage}_sampled", samples, _scored(head, head_inputs(dataset, samples, texts))
+            inputs = head_inputs(dataset, samples, texts)
+            yield f"rporec_{stage}_sampled", samples, _scored(head, inputs)
+            yield from _voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
     yield from _more_warmup(recipe, run, head)
     yield from _ceilings(recipe, head.scores, test)
 
@@ -94,15 +133,34 @@ def _by(baseline: Baseline, dataset: Dataset, samples: np.ndarray) -> Scores:
     return lambda rows: baseline.scores(dataset, samples[rows])
 
 
-def _popularity(dataset: Dataset, config: Config, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
-    """Fitted on all of train; the half-life is picked on validation."""
-    rows = held_rows(dataset)
-    masks = config.data.headline == "exclude_history"
-    for baseline in (
-        Popularity.fit(dataset, rows),
-        RecentPopularity.select(dataset, rows, dataset.split("valid"), exclude_history=masks),
-    ):
-        yield baseline.name, test, _by(baseline, dataset, test)
+def _baselines(store: BaselineStore, config: Config, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """Fitted on all of train. One that depends on its seed comes once for each: a sample counts with their mean."""
+    known, seeds = families(), range(config.seed, config.seed + config.evaluate.seeds)
+    for name in config.evaluate.baselines:
+        for baseline in store.fitted(known[name], seeds):
+            yield name, test, _by(baseline, store.dataset, test)
+
+
+def _voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[tuple[str, np.ndarray, Scores]]:
+    """K completions a sample vote by the mean of the scores that they lead to; nothing where K is 1."""
+    distinct, counts = np.unique(samples, return_counts=True)
+    k = int(counts.min(initial=1))
+    if k < 2 or counts.max() != k:
+        return
+    rows = np.argsort(samples, kind="stable").reshape(len(distinct), k)
+
+    def mean(chosen: np.ndarray) -> np.ndarray:
+        return np.mean([scores(column) for column in rows[chosen].T], axis=0)
+
+    yield f"{name}{k}", distinct, mean
+
+
+def _text_vectors(dataset: Dataset) -> Any:
+    """TF-IDF of the items, or None where they have no text."""
+    catalog = dataset.catalog
+    return (
+        TextVectors.fit([catalog.text(item) for item in range(len(catalog))]).vectors if catalog.text_columns else None
+    )
 
 
 def _ceilings(recipe: RPORec, head_scores: Any, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
