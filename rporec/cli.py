@@ -22,6 +22,7 @@ from rporec.run import STAGES, Run
 # Names of `rporec bench`, and their modules in `benchmarks/`.
 BENCHMARKS = {
     "async": "async_training",
+    "baselines": "baselines",
     "control-plane": "control_plane",
     "packing": "packing",
     "retrieval": "retrieval",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from rporec.data import Dataset
 from rporec.data.world import World
 from rporec.evaluation.cold import cold_items, popularity_strata
 from rporec.evaluation.lists import TopLists
-from rporec.evaluation.table import CONVENTIONS, DEFAULT_PAIRS, RankTable, metrics, write_metrics
+from rporec.evaluation.table import CONVENTIONS, DEFAULT_PAIRS, Convention, RankTable, metrics, write_metrics
 from rporec.files import write_json
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
@@ -30,15 +31,34 @@ from rporec.text.teacher import TemplateTeacher
 CHUNK = 512  # samples scored at once
 SHOWN = 12  # users whose rollouts the report puts side by side
 
-Scores = Callable[[np.ndarray], np.ndarray]  # sample numbers [B] -> scores [B, N]
+Scores = Callable[[np.ndarray], np.ndarray]  # positions in the method's samples [B] -> scores [B, N]
+Method = tuple[str, np.ndarray, Scores]  # name, sample numbers; a method that draws has some more than once
 
 
 def evaluate(run: Run, config: Config, *, ablations: bool, progress: Callable[[str], None]) -> dict[str, Any]:
     """Rank test with every method the run has; writes ranks.parquet, metrics.json and rollouts.json."""
-    recipe = RPORec(run, config)
-    dataset, store = recipe.dataset, baseline_store(run, config, progress)
+    recipe, store = RPORec(run, config), baseline_store(run, config, progress)
+    ranked = rank(recipe.dataset, _methods(recipe, run, store, ablations), progress)
+    ranked.table.write(run.folder / "ranks.parquet")
+    summary = summarize(recipe.dataset, config, ranked)
+    summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
+    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "rollouts.json", rollouts_side_by_side(recipe, run))
+    return summary
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """What evaluation keeps of every method's scores."""
+
+    table: RankTable
+    lists: dict[Convention, TopLists]
+
+
+def rank(dataset: Dataset, methods: Iterable[Method], progress: Callable[[str], None]) -> Ranked:
+    """Rank the catalogue by every method, in both conventions."""
     table, lists = RankTable(), {convention: TopLists() for convention in CONVENTIONS}
-    for name, samples, scores in _methods(recipe, run, store, ablations):
+    for name, samples, scores in methods:
         progress(name)
         for start in range(0, len(samples), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(samples)))
@@ -46,28 +66,27 @@ def evaluate(run: Run, config: Config, *, ablations: bool, progress: Callable[[s
             table.add_scores(dataset, name, asked, found)
             lists["all"].add(name, asked, found)
             lists["exclude_history"].add(name, asked, found, [dataset.seen(int(sample)) for sample in asked])
-    table.write(run.folder / "ranks.parquet")
-    info = {"path": str(run.data), **dataset.manifest["counts"], **dataset.manifest["settings"]}
+    return Ranked(table, lists)
+
+
+def summarize(dataset: Dataset, config: Config, ranked: Ranked) -> dict[str, Any]:
+    """What metrics.json says of these ranks and lists."""
     vote = f"vote{config.eval_samples}"
     voted = (f"rporec_stage2_{vote}", f"rporec_stage1_{vote}")
-    pairs = DEFAULT_PAIRS if voted in DEFAULT_PAIRS else (*DEFAULT_PAIRS, voted)
     summary = metrics(
-        table,
-        info,
+        ranked.table,
+        {"path": str(dataset.root), **dataset.manifest["counts"], **dataset.manifest["settings"]},
         "test",
         [config.seed],
         config.data.headline,
-        pairs,
+        DEFAULT_PAIRS if voted in DEFAULT_PAIRS else (*DEFAULT_PAIRS, voted),
         cold=cold_items(dataset),
         strata=popularity_strata(dataset),
     )
     vectors = _text_vectors(dataset)
-    for convention, shown in lists.items():
+    for convention, shown in ranked.lists.items():
         for name, entry in shown.summary(len(dataset.catalog), vectors).items():
             summary["conventions"][convention]["methods"][name] |= entry
-    summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
-    write_metrics(summary, run.folder / "metrics.json")
-    write_json(run.folder / "rollouts.json", rollouts_side_by_side(recipe, run))
     return summary
 
 
@@ -82,13 +101,11 @@ def baseline_store(run: Run, config: Config, progress: Callable[[str], None]) ->
     )
 
 
-def _methods(
-    recipe: RPORec, run: Run, store: BaselineStore, ablations: bool
-) -> Iterator[tuple[str, np.ndarray, Scores]]:
-    """(name, sample numbers, scores of positions in them) of every method; sampled ones repeat samples."""
+def _methods(recipe: RPORec, run: Run, store: BaselineStore, ablations: bool) -> Iterator[Method]:
+    """Every method that the run has."""
     dataset, config = recipe.dataset, recipe.config
     test = recipe.evaluated("test")
-    yield from _baselines(store, config, test)
+    yield from baselines(store, config, test)
     history = final_head(run, recipe, "head_history")
     yield "rechead_history", test, _scored(history, head_inputs(dataset, test, None))
     head = final_head(run, recipe, "head")
@@ -111,7 +128,7 @@ def _methods(
     yield from _ceilings(recipe, head.scores, test)
 
 
-def _more_warmup(recipe: RPORec, run: Run, frozen: RecHead) -> Iterator[tuple[str, np.ndarray, Scores]]:
+def _more_warmup(recipe: RPORec, run: Run, frozen: RecHead) -> Iterator[Method]:
     """Stage 1 with RL's CPU time spent on more warm-up: under a head of its own, and under the one RL had."""
     if not run.head("more_warmup/head").is_dir():
         return
@@ -133,7 +150,7 @@ def _by(baseline: Baseline, dataset: Dataset, samples: np.ndarray) -> Scores:
     return lambda rows: baseline.scores(dataset, samples[rows])
 
 
-def _baselines(store: BaselineStore, config: Config, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
+def baselines(store: BaselineStore, config: Config, test: np.ndarray) -> Iterator[Method]:
     """Fitted on all of train. One that depends on its seed comes once for each: a sample counts with their mean."""
     known, seeds = families(), range(config.seed, config.seed + config.evaluate.seeds)
     for name in config.evaluate.baselines:
@@ -141,11 +158,11 @@ def _baselines(store: BaselineStore, config: Config, test: np.ndarray) -> Iterat
             yield name, test, _by(baseline, store.dataset, test)
 
 
-def _voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[tuple[str, np.ndarray, Scores]]:
+def _voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[Method]:
     """K completions a sample vote by the mean of the scores that they lead to; nothing where K is 1."""
     distinct, counts = np.unique(samples, return_counts=True)
-    k = int(counts.min(initial=1))
-    if k < 2 or counts.max() != k:
+    k = int(counts.max(initial=0))
+    if k < 2 or counts.min() != k:
         return
     rows = np.argsort(samples, kind="stable").reshape(len(distinct), k)
 
@@ -163,7 +180,7 @@ def _text_vectors(dataset: Dataset) -> Any:
     )
 
 
-def _ceilings(recipe: RPORec, head_scores: Any, test: np.ndarray) -> Iterator[tuple[str, np.ndarray, Scores]]:
+def _ceilings(recipe: RPORec, head_scores: Any, test: np.ndarray) -> Iterator[Method]:
     """Of the synthetic world alone: an oracle that knows it, and a teacher whose target is the oracle's guess."""
     dataset = recipe.dataset
     if dataset.root is None or not (dataset.root / "world.json").is_file():
