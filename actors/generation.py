@@ -59,7 +59,7 @@ class RolloutPool:
         while missing or running:
             while missing and idle:
                 number, worker = missing.pop(), idle.pop()
-                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.shard_spec(number))
+                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.specs(number))
                 running[asked] = (number, worker)
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             number, worker = running.pop(done)

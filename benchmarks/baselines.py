@@ -21,7 +21,8 @@ from rporec.baselines.store import BaselineStore
 from rporec.config import BASELINES, Config, EvaluateConfig, SyntheticConfig
 from rporec.data import Dataset, build
 from rporec.data.synthetic import write_synthetic
-from rporec.recipes.evaluation import baselines, rank, summarize
+from rporec.recipes.evaluation import rank, summarize
+from rporec.recipes.methods import baselines
 from rporec.report.live import progress
 
 WORLD = SyntheticConfig(users=7000, series=420, volumes=6)

@@ -201,7 +201,7 @@ def _check_address(address: str | None) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
-    run.require("stage1", "evaluate")
+    run.require("data", "evaluate")
     _check_address(options.address)
     changes = [] if options.baselines is None else [f"evaluate.baselines={json.dumps(options.baselines)}"]
     config = override(run.config(), changes)
@@ -263,6 +263,7 @@ def _promote(options: argparse.Namespace) -> None:
     from rporec.promotion import promote_best, roll_back
 
     run = Run.open(options.run)
+    run.require_head("promote")
     chosen = roll_back(run) if options.rollback else promote_best(run)
     print(f"{run.folder}: version {chosen.version} serves")
 
@@ -270,6 +271,7 @@ def _promote(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "serve")
+    run.require_head("serve")
     _check_address(options.address)
     if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine."))]:
         raise ConfigError(f"{bad[0]!r}: serving changes keys of serve. and engine. alone; the rest is the run's")
@@ -290,7 +292,9 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from rporec.export import export_run
 
-    print(export_run(Run.open(options.run), options.out))
+    run = Run.open(options.run)
+    run.require_head("export")
+    print(export_run(run, options.out))
 
 
 def _plan(options: argparse.Namespace) -> int:

@@ -150,6 +150,11 @@ class Run:
                 f"{self.folder}: {command} needs stage {stage}, which has not finished; train with --resume"
             )
 
+    def require_head(self, command: str) -> None:
+        """ConfigError where the run's recipe trains no RecHead to answer by."""
+        if (recipe := self.config().recipe) != "rporec":
+            raise ConfigError(f"{self.folder}: {command} answers by a RecHead, and recipe {recipe} has none")
+
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage; what the block puts into the yielded dict is kept beside its cost."""
