@@ -253,10 +253,6 @@ def _write_completions(job: Job, recipe: StagedRecipe, model: Path, parts: list[
 # --- evaluate --------------------------------------------------------------------------------
 def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     """Completions of the best checkpoint for test, then the table of all methods and the report."""
-    from rporec.evaluation.table import print_table
-    from rporec.recipes.evaluation import evaluate
-    from rporec.report.html import write_report
-
     run, config, recipe = job.run, job.config, job.recipe
     over = run.finished("stage2")
     # Of a training under way this is a look, not the stage.
@@ -266,10 +262,19 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
             _write_completions(job, recipe, run.best_model, recipe.parts("stage2"))
         if config.more_warmup and over:
             _more_warmup(job, recipe)
-        with progress("ranking", console=job.console) as bar:
-            summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
+        return rank_methods(run, config, job.console, ablations=ablations)
+
+
+def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool) -> dict[str, Any]:
+    """The table of all methods and the report, of what is there; needs no cluster."""
+    from rporec.evaluation.table import print_table
+    from rporec.recipes.evaluation import evaluate
+    from rporec.report.html import write_report
+
+    with progress("ranking", console=console) as bar:
+        summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
     write_report(run.folder)
-    print_table(summary, job.console)
+    print_table(summary, console)
     return summary
 
 
