@@ -3,7 +3,7 @@
     data      raw files (or the embedded world) -> a data set
     warmup    the backbone, the teacher's rationales, supervised warm-up
     stage1    what the LLM writes before RL for the heads and for evaluation; the heads of the recipe
-    stage2    asynchronous reinforcement learning (`actors.reinforce`)
+    stage2    asynchronous reinforcement learning (`actors.reinforce`), or offline preferences (`actors.preference`)
     evaluate  what the improved LLM writes for test; the table and the report
 
 A stage that has finished is skipped by `--resume`; one that was cut off goes on where it was.
@@ -24,6 +24,7 @@ from rich.console import Console
 from actors.generation import RolloutPool
 from actors.job import Job
 from actors.learner import head_loop, warmup_loop
+from actors.preference import prefer
 from actors.reinforce import reinforce
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
@@ -82,7 +83,7 @@ def warm_up(job: Job) -> None:
         recipe = job.recipe
         slices = recipe.slices
         notes["samples"] = {name: len(getattr(slices, name)) for name in ("warmup", "head", "rl")}
-        shares = {"warm-up": slices.warmup, "the head": slices.head if recipe.heads else [], "RL": slices.rl}
+        shares: dict[str, Any] = {"warm-up": slices.warmup, "the head": slices.head if recipe.heads else [], "RL": slices.rl}
         listed = ", ".join(f"{len(samples):,} for {purpose}" for purpose, samples in shares.items() if len(samples))
         job.console.print(f"samples: {listed}")
         if config.warmup.steps == 0:
@@ -305,6 +306,6 @@ def _forget_earlier_best(run: Run) -> None:
 STAGES: dict[str, Callable[[Job], Any]] = {
     "warmup": warm_up,
     "stage1": train_head_stage,
-    "stage2": reinforce,
+    "stage2": lambda job: (prefer if job.config.recipe == "preference" else reinforce)(job),
     "evaluate": evaluate_run,
 }

@@ -161,6 +161,20 @@ class ReReConfig(Section):
     eval_beams: int = Field(20, ge=10)  # of validation and test; an item in none of them is a miss
 
 
+class PreferenceConfig(Section):
+    """`recipe: preference`: chosen items against negatives, offline, see `rporec.recipes.preference`.
+
+    Items are written as `rere` says; `steps`, `groups_per_step`, `group_size` (one chosen, the others
+    negatives), `rl.lr` and its schedule, `rl.grad_clip` and `rl.micro_batch_groups` are those of RL.
+    """
+
+    loss: Literal["s_dpo", "dynamicpo", "napo"] = "s_dpo"
+    beta: float = Field(1.0, gt=0)
+    negatives: Literal["sampled", "beams"] = "sampled"  # any items the user never had, or what the LLM would write
+    similarity: float = Field(0.8, ge=-1, le=1)  # napo: cosine from which users share negatives
+    margin: float = Field(1.0, ge=0)  # napo: nats, between the target and a negative that is sure to be one
+
+
 class RLConfig(Section):
     lr: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -264,7 +278,7 @@ class Config(Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
     backbone: str = "tiny"
-    recipe: Literal["rporec", "rere"] = "rporec"
+    recipe: Literal["rporec", "rere", "preference"] = "rporec"
     data: DataConfig = DataConfig()
     tiny: TinyConfig = TinyConfig()
     lora: LoraConfig | None = None
@@ -277,6 +291,7 @@ class Config(Section):
     head: HeadConfig = HeadConfig()
     reward: RewardConfig = RewardConfig()
     rere: ReReConfig = ReReConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -304,6 +319,11 @@ class Config(Section):
         return self.backbone == "tiny"
 
     @property
+    def writes_items(self) -> bool:
+        """Whether what the LLM writes is an item itself."""
+        return self.recipe != "rporec"
+
+    @property
     def teacher_kind(self) -> str:
         return self.teacher.kind or ("template" if self.tiny_backbone else "backbone")
 
@@ -321,6 +341,10 @@ class Config(Section):
             raise ValueError("more_warmup compares RL with more warm-up; it needs both (steps, warmup.steps)")
         if self.recipe == "rere":
             self._check_rere()
+        if self.writes_items:
+            for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
+                if wanted:
+                    raise ValueError(f"recipe: {self.recipe} has no {key}; leave it out")
         if self.max_staleness > 0 and self.rl.correction == "none":
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":
@@ -353,9 +377,6 @@ class Config(Section):
             )
         if self.rl.temperature != 1:
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
-        for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
-            if wanted:
-                raise ValueError(f"recipe: rere has no {key}; leave it out")
 
     def _check_tiny(self) -> None:
         shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)

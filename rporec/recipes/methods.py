@@ -43,7 +43,7 @@ def methods(recipe: StagedRecipe, run: Run, store: BaselineStore, ablations: boo
     yield from baselines(store, recipe.config, test)
     if not run.finished("stage1"):
         yield from _ceilings(recipe, None, test)
-    elif recipe.config.recipe == "rere":
+    elif recipe.config.writes_items:
         yield from _beams(recipe, run)
         yield from _ceilings(recipe, None, test)
     else:
@@ -63,9 +63,10 @@ def _by(baseline: Baseline, dataset: Dataset, samples: np.ndarray) -> Scores:
 
 
 def _beams(recipe: StagedRecipe, run: Run) -> Iterator[Method]:
-    """The items that the LLM wrote before and after RL, in a search of its own for each convention."""
-    items = len(recipe.dataset.catalog)
-    for name, stage in (("rere_sft", "stage1"), ("rere", "stage2")):
+    """The items that the LLM wrote after warm-up and after stage 2, in a search of its own for each convention."""
+    items, config = len(recipe.dataset.catalog), recipe.config
+    trained = "rere" if config.recipe == "rere" else config.preference.loss
+    for name, stage in (("rere_sft", "stage1"), (trained, "stage2")):
         for convention in CONVENTIONS:
             if (folder := run.completions(stage, f"test_{convention}")).is_dir():
                 samples, beams = read_items(folder)

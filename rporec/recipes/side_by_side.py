@@ -22,11 +22,11 @@ SHOWN_ITEMS = 3  # of a user's beams
 def rollouts_side_by_side(recipe: StagedRecipe, run: Run) -> list[dict[str, Any]]:
     """What the LLM wrote for the same users before and after RL, with the rank that it led to."""
     dataset, config = recipe.dataset, recipe.config
-    part = f"test_{config.data.headline}" if config.recipe == "rere" else "test"
+    part = f"test_{config.data.headline}" if config.writes_items else "test"
     stages = [stage for stage in ("stage1", "stage2") if run.completions(stage, part).is_dir()]
     if not stages:
         return []
-    shown = _shown_items if config.recipe == "rere" else _shown_texts
+    shown = _shown_items if config.writes_items else _shown_texts
     everyone = np.unique(read_completions(run.completions(stages[0], part))[0])
     chosen = np.random.default_rng(config.seed).choice(everyone, min(SHOWN, len(everyone)), replace=False)
     catalog, items = dataset.catalog, recipe.writer.items
