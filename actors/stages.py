@@ -83,8 +83,12 @@ def warm_up(job: Job) -> None:
         recipe = job.recipe
         slices = recipe.slices
         notes["samples"] = {name: len(getattr(slices, name)) for name in ("warmup", "head", "rl")}
-        shares: dict[str, Any] = {"warm-up": slices.warmup, "the head": slices.head if recipe.heads else [], "RL": slices.rl}
-        listed = ", ".join(f"{len(samples):,} for {purpose}" for purpose, samples in shares.items() if len(samples))
+        shares: list[tuple[Any, str]] = [
+            (slices.warmup, "warm-up"),
+            (slices.head if recipe.heads else [], "the head"),
+            (slices.rl, "RL"),
+        ]
+        listed = ", ".join(f"{len(samples):,} for {purpose}" for samples, purpose in shares if len(samples))
         job.console.print(f"samples: {listed}")
         if config.warmup.steps == 0:
             return

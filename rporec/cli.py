@@ -28,6 +28,7 @@ BENCHMARKS = {
     "retrieval": "retrieval",
     "reward": "reward",
     "serve": "serving",
+    "trie": "trie",
     "weights": "weights",
 }
 
