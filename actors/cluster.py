@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rporec.config import Config
+from rporec.config import Config, ConfigError
 
 # Room for `rporec scale` and for the bulk generation of stage 1 beyond what the config starts with.
 _SPARE = 6
@@ -73,12 +73,11 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, terminate)  # Ray's own would end this process on the spot
     try:
-        offered = ray.cluster_resources()
         yield Cluster(
             address=context.address_info["gcs_address"],
             namespace=namespace,
             local=address is None,
-            cuda=offered.get("GPU", 0) > 0 and (address is not None or _cuda_torch()),
+            cuda=_cuda(config, local=address is None),
         )
     finally:
         ray.shutdown()
@@ -100,23 +99,31 @@ def cores_beside(workers: int) -> list[int]:
     return sorted(os.sched_getaffinity(0))[workers:]
 
 
-def _cuda_torch() -> bool:
-    """Whether this machine's torch could use the GPUs that Ray sees."""
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def missing_roles(needed: dict[str, int]) -> list[str]:
-    """Roles of `{role: workers}` for which the cluster, as it is now, declares too little of their resource."""
+def _cuda(config: Config, *, local: bool) -> bool:
+    """Whether roles ask for GPUs. ConfigError when they shall and this machine, alone, has none that torch can use."""
     import ray
 
-    offered = ray.cluster_resources()
-    return [
-        f"{role} ({offered.get(role, 0):g} of {count})"
-        for role, count in needed.items()
-        if offered.get(role, 0) < count
-    ]
+    if config.device == "cpu" or (config.device == "cuda" and not local):
+        return config.device == "cuda"
+    there = ray.cluster_resources().get("GPU", 0) > 0
+    if local and there:
+        import torch
+
+        there = torch.cuda.is_available()
+    if config.device == "cuda" and not there:
+        raise ConfigError("device: cuda, and torch finds no GPU on this machine; `rporec doctor` says more")
+    return there
+
+
+def awaited(needed: dict[str, int]) -> str:
+    """What to tell of roles of `{role: workers}` for which the cluster, as it is now, has too little; "" when none."""
+    import ray
+
+    there = ray.cluster_resources()
+    lacking = [f"{role} ({there.get(role, 0):g} of {n})" for role, n in needed.items() if there.get(role, 0) < n]
+    if not lacking:
+        return ""
+    return f"waits for nodes: {', '.join(lacking)}; an autoscaler brings them, else `ray start --resources` does"
 
 
 def log_of(pid: int) -> str:

@@ -21,22 +21,25 @@ from rporec.text.completion_store import Part
 Progress = Callable[[int, int, int], None]
 
 
+DEATHS_IN_A_ROW = 3  # with no shard between them
+
+
 class RolloutPool:
-    """N rollout workers that hold one model; leaves none behind on exit."""
+    """N rollout workers that hold one model, each replaced when it is lost; leaves none behind on exit."""
 
     def __init__(self, model: Path | str, config: Config, cluster: Cluster, context: int, workers: int) -> None:
-        options = rollout_options(config.engine, cluster.cuda)
-        self.workers = [
-            RolloutWorker.options(**options).remote(
-                name=f"generator-{index}",
-                model=str(model),
-                engine=config.engine,
-                context=context,
-                seed=config.seed + index,
-                cpu_core=cluster.core(index),
-            )
-            for index in range(workers)
-        ]
+        self._model, self._config, self._cluster, self._context = str(model), config, cluster, context
+        self.workers = [self._start(index) for index in range(workers)]
+
+    def _start(self, index: int) -> Any:
+        return RolloutWorker.options(**rollout_options(self._config.engine, self._cluster.cuda)).remote(
+            name=f"generator-{index}",
+            model=self._model,
+            engine=self._config.engine,
+            context=self._context,
+            seed=self._config.seed + index,
+            cpu_core=self._cluster.core(index),
+        )
 
     def __enter__(self) -> RolloutPool:
         return self
@@ -48,26 +51,39 @@ class RolloutPool:
             ray.kill(worker)
 
     def write(self, part: Part, prompts: Callable[[np.ndarray], Sequence[Any]], progress: Progress) -> None:
-        """Write the shards of `part` that are missing; `prompts` gives token ids for sample numbers."""
+        """Write the shards of `part` that are missing; `prompts` gives token ids for sample numbers.
+
+        Raises EngineError when a worker does not start, or many are lost in a row.
+        """
         missing = part.missing()
         finished, tokens = len(part.samples) - sum(len(part.shard(number)) for number in missing), 0
         progress(finished, len(part.samples), tokens)
-        running: dict[Any, tuple[int, Any]] = {}
+        running: dict[Any, tuple[int, int, Any]] = {}  # shard, index of its worker, the worker
         # Two shards a worker: the next one's prompts join the batch while the last one's tail runs out.
-        idle = [worker for worker in self.workers for _ in range(2)]
+        idle = [index for index in range(len(self.workers)) for _ in range(2)]
         missing.reverse()
+        deaths = 0
         while missing or running:
             while missing and idle:
-                number, worker = missing.pop(), idle.pop()
+                number, index = missing.pop(), idle.pop()
+                worker = self.workers[index]
                 asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.specs(number))
-                running[asked] = (number, worker)
+                running[asked] = (number, index, worker)
             (done, *_), _ = ray.wait(list(running), num_returns=1)
-            number, worker = running.pop(done)
-            idle.append(worker)
+            number, index, worker = running.pop(done)
+            idle.append(index)
             try:
                 rows = ray.get(done)
             except RayActorError as error:
-                raise EngineError(f"a rollout worker died: {last_words(error)}") from None
+                missing.append(number)
+                if worker is self.workers[index]:  # else its other shard has told already
+                    deaths += 1
+                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW:
+                        raise EngineError(f"a rollout worker died: {last_words(error)}") from None
+                    ray.kill(worker)  # out of reach is not dead, and holds its place
+                    self.workers[index] = self._start(index)
+                continue
+            deaths = 0
             tokens += part.write(number, rows)
             finished += len(part.shard(number))
             progress(finished, len(part.samples), tokens)

@@ -11,16 +11,17 @@ from typing import Any
 ROLES = ("rollout", "reward", "learner", "serve")
 
 
-def check_address(address: str, timeout: float = 5.0) -> None:
+def check_address(address: str, timeout: float = 5.0, *, dashboard: bool = False) -> None:
     """Raises ConnectionError unless something listens at `HOST:PORT`; Ray itself would wait ten minutes.
 
-    "auto", the cluster that runs on this machine, is left to Ray.
+    "auto", the cluster that runs on this machine, is left to Ray. dashboard: its URL is an address too.
     """
     if address == "auto":
         return
-    place = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    place = re.fullmatch(r"(?:https?://)?([^/]+):(\d+)/?" if dashboard else r"([^/]+):(\d+)", address)
     if place is None:
-        raise ConnectionError(f"--address {address}: write HOST:PORT, or auto for the cluster on this machine")
+        also = ", http://HOST:PORT of its dashboard," if dashboard else ","
+        raise ConnectionError(f"--address {address}: write HOST:PORT{also} or auto for the cluster on this machine")
     try:
         socket.create_connection((place[1].strip("[]"), int(place[2])), timeout).close()
     except (OSError, OverflowError) as error:

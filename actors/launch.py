@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import connected, missing_roles
+from actors.cluster import awaited, connected
 from actors.job import Job
 from actors.stages import STAGES, evaluate_run, prepare_data, rank_methods
 from rporec.config import Config
@@ -36,11 +36,8 @@ def on_cluster(run: Run, config: Config, address: str | None, console: Console, 
     _quiet()
     with connected(config, address, _namespace(run)) as cluster:
         job = Job(run, config, cluster, console)
-        if lacking := missing_roles({role: job.placements()[role] for role in roles}):
-            console.print(
-                f"the cluster lacks resources: {', '.join(lacking)}; this waits until nodes that declare them join "
-                "(ray start --resources), or stop it with Ctrl-C"
-            )
+        if line := awaited({role: job.placements()[role] for role in roles}):
+            console.print(line, soft_wrap=True, highlight=False)
         yield job
 
 

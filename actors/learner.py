@@ -25,7 +25,7 @@ from rporec.config import Config, ConfigError
 from rporec.data import DataError
 from rporec.engine.types import Version
 from rporec.files import append_line
-from rporec.run import Run
+from rporec.run import Run, RunError
 
 if TYPE_CHECKING:
     from rporec.rl.learner import Clock
@@ -105,7 +105,7 @@ def _cause(error: BaseException) -> BaseException:
     inner = list(getattr(error, "worker_failures", {}).values())
     while inner:
         one = inner.pop()
-        if isinstance(one, ConfigError | DataError):
+        if isinstance(one, ConfigError | DataError | RunError):
             return one
         inner += [next_ for next_ in (getattr(one, "cause", None), one.__cause__) if isinstance(next_, BaseException)]
     return error
@@ -114,6 +114,7 @@ def _cause(error: BaseException) -> BaseException:
 def warmup_loop(spec: dict[str, Any]) -> None:
     """Supervised warm-up on the recipe's pairs: cross entropy over the completion tokens."""
     run, config = spec["run"], spec["config"]
+    run.require_here()
     import torch
     import torch.distributed as dist
 
@@ -168,6 +169,7 @@ def warmup_loop(spec: dict[str, Any]) -> None:
 def rl_loop(spec: dict[str, Any]) -> None:
     """Consume groups as they come, publish new weights after every step."""
     run: Run = spec["run"]
+    run.require_here()
     config: Config = spec["config"]
     if spec["cores"] is not None:
         # This thread computes, and the threads that torch starts from it inherit its mask.
@@ -305,6 +307,7 @@ def head_loop(spec: dict[str, Any]) -> None:
     from rporec.recipes.head_stage import head_data, history_data, train_stage_head
 
     run: Run = spec["run"]
+    run.require_here()
     recipe: Any = load_recipe(run, spec["config"])
     rank, world = dist.get_rank(), dist.get_world_size()
     texts = "text" in spec["heads"].values()

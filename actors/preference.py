@@ -38,6 +38,7 @@ def prefer(job: Job) -> None:
 def preference_loop(spec: dict[str, Any]) -> None:
     """All steps on one rank; groups are dealt to ranks in turn."""
     run, config = spec["run"], spec["config"]
+    run.require_here()
     import torch.distributed as dist
 
     from rporec.models.backbone import save_model

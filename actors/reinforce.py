@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -39,7 +40,9 @@ def reinforce(job: Job) -> None:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"
             return
-        transfer = choose_transfer(config, cuda=job.cluster.cuda, gpus=ray.cluster_resources().get("GPU", 0))
+        come = config.device == "cuda" and not job.cluster.local  # as many as roles ask for, a GPU for each
+        gpus = math.inf if come else ray.cluster_resources().get("GPU", 0)
+        transfer = choose_transfer(config, cuda=job.cluster.cuda, gpus=gpus)
         if transfer.line:
             job.console.print(transfer.line, soft_wrap=True, markup=False, highlight=False)
         config = config.model_copy(update={"weight_transfer": transfer.kind})

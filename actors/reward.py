@@ -24,6 +24,7 @@ def reward_options(cluster: Cluster) -> dict[str, Any]:
 @ray.remote
 class RewardWorker:
     def __init__(self, run: Run, config: Config) -> None:
+        run.require_here()
         self.judge = load_recipe(run, config).judge()
         self.judge.load()
 

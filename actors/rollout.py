@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -194,5 +195,7 @@ class RolloutWorker:
 def _engine(
     config: EngineConfig, model: str, context: int, seed: int, version: Version, name: str
 ) -> VllmEngine | ReferenceEngine:
+    if not Path(model).is_dir():
+        raise EngineError(f"{name}: {model} is not on this node; put --run on storage that all nodes see")
     kind = VllmEngine if config.kind == "vllm" else ReferenceEngine
     return kind(model, config, context=context, seed=seed, version=version, name=name)

@@ -28,6 +28,7 @@ from actors.preference import prefer
 from actors.reinforce import reinforce
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
+from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
 from rporec.recipes.rporec import RPORec
@@ -54,6 +55,10 @@ def prepare_data(run: Run, config: Config, console: Console) -> None:
                 write_synthetic(source, settings.synthetic, config.seed)
         else:
             source = Path(settings.path)
+            if is_url(settings.path):
+                source = run.folder / "source"
+                if not source.exists():
+                    fetch(settings.path, source, report)
             if is_built(source):
                 write_json(run.folder / "data.json", {"path": str(source.absolute())})
                 return

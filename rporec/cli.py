@@ -156,21 +156,33 @@ def _counts(manifest: dict[str, Any]) -> str:
 
 
 # --- train, evaluate ---------------------------------------------------------------------------
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int:
+    from rporec.data.remote import is_url
+
     overrides = [*options.overrides]
     if options.data is not None:
-        overrides.append(f"data.path={json.dumps(str(options.data.absolute()))}")
+        where = options.data if is_url(options.data) else str(Path(options.data).absolute())
+        overrides.append(f"data.path={json.dumps(where)}")
     config = load_config(options.config, overrides)
     stages = options.stages.split(",") if options.stages else list(STAGES)
+    submission = importlib.import_module("actors.submission")
+    address = _address(options, dashboard=True)
+    if address is not None and not (options.run and options.run.is_absolute()):
+        raise ConfigError("--run: on a cluster an absolute path, on storage that all its nodes see")
+    if address is not None and not submission.in_job():
+        words = [*overrides, *(["--resume"] if options.resume else [])]
+        words += ["--stages", options.stages] if options.stages else []
+        return submission.submit(options.config, config, options.run, address, words, _console())
     run = Run(options.run or Path("runs") / config.name)
     _check_stages(stages, run)
-    _check_inputs(config, options.address)
+    _check_inputs(config)
     run = Run.create(run.folder, config, resume=options.resume)
     try:
-        importlib.import_module("actors.launch").train(run, config, stages, options.address, _console())
+        importlib.import_module("actors.launch").train(run, config, stages, address, _console())
     except Exception:
         run.discard_if_empty()  # faulty data, say: nothing is there to resume
         raise
+    return 0
 
 
 def _check_stages(stages: list[str], run: Run) -> None:
@@ -182,55 +194,56 @@ def _check_stages(stages: list[str], run: Run) -> None:
                 raise ConfigError(f"--stages: {stage} needs {earlier}, which {run.folder} has not finished; add it")
 
 
-def _check_inputs(config: Config, address: str | None) -> None:
+def _check_inputs(config: Config) -> None:
     """What a stage would stumble over an hour later."""
     from rporec.data import find_sources, is_built
+    from rporec.data.remote import is_url
 
-    if config.data.path is not None and not is_built(config.data.path):
+    if config.data.path is not None and not is_url(config.data.path) and not is_built(config.data.path):
         find_sources(config.data.path)
     if config.reward.custom is not None:
         from rporec.rl.rewards import load_custom
 
         load_custom(config.reward.custom)
-    _check_address(address)
 
 
-def _check_address(address: str | None) -> None:
-    if address is not None:
-        importlib.import_module("actors.inspect").check_address(address)
+def _address(options: argparse.Namespace, *, dashboard: bool = False) -> str | None:
+    """Of the cluster to join: that of `--address`, in a Ray job the job's, else None. `dashboard`: its URL will do."""
+    if options.address is None:
+        return "auto" if importlib.import_module("actors.submission").in_job() else None
+    importlib.import_module("actors.inspect").check_address(options.address, dashboard=dashboard)
+    return options.address
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("data", "evaluate")
-    _check_address(options.address)
     changes = [] if options.baselines is None else [f"evaluate.baselines={json.dumps(options.baselines)}"]
     config = override(run.config(), changes)
     importlib.import_module("actors.launch").evaluate(
-        run, config, ablations=options.ablations, address=options.address, console=_console()
+        run, config, ablations=options.ablations, address=_address(options), console=_console()
     )
 
 
 # --- one role of a run alone ---------------------------------------------------------------------
 def _debug_rollouts(options: argparse.Namespace) -> None:
     run = _debugged(options, "warmup")
-    _debugger().rollouts(run, options.groups, options.out, options.address, _console())
+    _debugger().rollouts(run, options.groups, options.out, _address(options), _console())
 
 
 def _debug_rewards(options: argparse.Namespace) -> None:
     run = _debugged(options, "stage1")
-    _debugger().rewards(run, options.replay, options.out, options.address, _console())
+    _debugger().rewards(run, options.replay, options.out, _address(options), _console())
 
 
 def _debug_learner(options: argparse.Namespace) -> None:
     run = _debugged(options, "warmup")
-    _debugger().learner(run, options.replay, options.steps, options.out, options.address, _console())
+    _debugger().learner(run, options.replay, options.steps, options.out, _address(options), _console())
 
 
 def _debugged(options: argparse.Namespace, stage: str) -> Run:
     run = Run.open(options.run)
     run.require(stage, "debug")
-    _check_address(options.address)
     return run
 
 
@@ -273,7 +286,6 @@ def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "serve")
     run.require_head("serve")
-    _check_address(options.address)
     if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine."))]:
         raise ConfigError(f"{bad[0]!r}: serving changes keys of serve. and engine. alone; the rest is the run's")
     if not 0 < options.port < 2**16:
@@ -281,7 +293,7 @@ def _serve(options: argparse.Namespace) -> None:
     config = override(run.config(), options.overrides)
     launch = importlib.import_module("serve.launch")
     with contextlib.suppress(KeyboardInterrupt):
-        launch.serve_run(run, config, options.host, options.port, options.address, _console())
+        launch.serve_run(run, config, options.host, options.port, _address(options), _console())
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -395,11 +407,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4"
     )
-    train.add_argument("--data", type=Path, help="built data set, or folder with interactions.* and items.*")
+    train.add_argument(
+        "--data",
+        metavar="DIR|URL",
+        help="built data set, or folder with interactions.* and items.*; also s3://…, gs://…",
+    )
     train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<name of the config>)")
     train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
     train.add_argument("--stages", help=f"comma list of {','.join(STAGES)}")
-    train.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
+    train.add_argument(
+        "--address",
+        help="submit to this Ray cluster: auto or HOST:PORT on a node of it, http://HOST:PORT of its dashboard "
+        "(default: start one on this machine)",
+    )
 
     evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")

@@ -42,7 +42,7 @@ class SyntheticConfig(Section):
 
 
 class DataConfig(Section):
-    path: str | None = None  # built data set, or folder with interactions.* and items.*; None: synthetic
+    path: str | None = None  # folder or URL of a built data set, or of interactions.* and items.*; None: synthetic
     split: str = "time:8:1:1"  # time[:a:b:c] | leave-one-out | column:NAME
     window: int = Field(20, ge=1)  # history items that the prompt may hold
     k_core: int = Field(0, ge=0)
@@ -278,6 +278,8 @@ class Config(Section):
     name: str = "run"
     seed: int = Field(0, ge=0)
     backbone: str = "tiny"
+    # auto: CUDA where a GPU is there when the run begins; cuda: also where an autoscaler has yet to bring one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     recipe: Literal["rporec", "rere", "preference"] = "rporec"
     data: DataConfig = DataConfig()
     tiny: TinyConfig = TinyConfig()

@@ -56,8 +56,8 @@ class Pools:
     workers: int  # nodes besides the head, at most
 
     @property
-    def cuda(self) -> bool:
-        """Whether roles that can would run on GPUs."""
+    def gpus(self) -> bool:
+        """Whether some node type has any."""
         return any(pool.resources.get("GPU") for pool in self.types)
 
 
@@ -200,7 +200,8 @@ def balance(config: Config, speeds: Speeds, workers: int) -> dict[str, float]:
 # --- the plan --------------------------------------------------------------------------------
 def plan(config: Config, pools: Pools, speeds: Speeds | None = None) -> dict[str, Any]:
     """`{cuda, roles, nodes, fits, balance, advice}`, ready for JSON; see docs/cluster.md."""
-    all_asks = asks(config, cuda=pools.cuda)
+    cuda = config.device == "cuda" or (config.device == "auto" and pools.gpus)
+    all_asks = asks(config, cuda=cuda)
     first, begun = place(pools, [(ask, ask.least) for ask in all_asks])
     full, grown = place(pools, [(ask, ask.most) for ask in all_asks])
     roles = [
@@ -215,7 +216,7 @@ def plan(config: Config, pools: Pools, speeds: Speeds | None = None) -> dict[str
     nodes = {pool.name: {"start": first[pool.name], "full": full[pool.name], "most": pool.most} for pool in pools.types}
     workers = sorted({begun["rollout"], grown["rollout"]} - {0})
     return {
-        "cuda": pools.cuda,
+        "cuda": cuda,
         "roles": roles,
         "nodes": nodes,
         "fits": {
@@ -225,7 +226,7 @@ def plan(config: Config, pools: Pools, speeds: Speeds | None = None) -> dict[str
         "balance": [balance(config, speeds, n) for n in workers] if speeds is not None else [],
         "advice": [
             *_room(pools, all_asks),
-            *_gpus_at_start(pools),
+            *_gpus_at_start(config, pools),
             *(_workers(config, speeds) if speeds is not None else []),
         ],
     }
@@ -252,10 +253,14 @@ def _room(pools: Pools, all_asks: Iterable[Ask]) -> list[str]:
     return lines
 
 
-def _gpus_at_start(pools: Pools) -> list[str]:
-    if not pools.cuda or any(pool.least for pool in pools.types if pool.resources.get("GPU")):
+def _gpus_at_start(config: Config, pools: Pools) -> list[str]:
+    if (
+        config.device != "auto"
+        or not pools.gpus
+        or any(pool.least for pool in pools.types if pool.resources.get("GPU"))
+    ):
         return []
-    return ["no GPU node stands before a run asks for one, and a run that sees none begins on CPU: min_workers: 1"]
+    return ["device: cuda, since no GPU node stands before a run asks for one, and one that sees none begins on CPU"]
 
 
 def _workers(config: Config, speeds: Speeds) -> list[str]:

@@ -16,6 +16,7 @@ steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, repor
 from __future__ import annotations
 
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,13 @@ class Run:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"{folder}: not a run directory (no config.json)")
         return cls(folder.absolute())
+
+    def require_here(self) -> None:
+        """Raises RunError on a machine that does not see the folder, as a node without the shared storage."""
+        if not self.config_path.is_file():
+            raise RunError(
+                f"{self.folder} is not on node {socket.gethostname()}; put --run on storage that all nodes see"
+            )
 
     def config(self) -> Config:
         """What the run began with."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import connected, missing_roles
+from actors.cluster import awaited, connected
 from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
@@ -35,10 +35,8 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
         _check_free(host, port)
         serving = config.serve
         replicas = serving.ingresses.min + serving.reasoners.min + serving.retrievers.min
-        if lacking := missing_roles({"serve": replicas}):
-            console.print(
-                f"the cluster lacks resources: {', '.join(lacking)}; this waits until nodes that declare them join"
-            )
+        if line := awaited({"serve": replicas}):
+            console.print(line, soft_wrap=True, highlight=False)
         try:
             with console.status("starting the deployments (vLLM takes a while)"):
                 deploy(Served(run, config), host, port, guarded=token is not None, cuda=cluster.cuda)

@@ -19,7 +19,7 @@ def cluster():
         initialize_head=True,
         head_node_args={
             "num_cpus": 4,
-            "include_dashboard": False,
+            "include_dashboard": True,  # it takes the training as a job
             "resources": {"learner": 1, "rollout": 1, "reward": 1},
             "object_store_memory": 200 * 2**20,
             "_system_config": STORED,

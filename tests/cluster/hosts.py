@@ -51,6 +51,7 @@ class Hosts:
         for index in list(self._first):
             self.kill(index)
             with contextlib.suppress(subprocess.CalledProcessError):
+                _ip("link", "del", f"{_name(index)}-up")  # a namespace stays until its last socket has timed out
                 _ip("netns", "del", _name(index))
         _ip("link", "del", BRIDGE)
 
@@ -90,6 +91,14 @@ class Hosts:
         self._first[index].wait()
         while self._answers(index):  # the kernel is still at it
             time.sleep(0.05)
+
+    def cut(self, index: int) -> None:
+        """As when its cable is pulled: nothing comes or goes, and nobody is told."""
+        _ip("link", "set", f"{_name(index)}-up", "down")
+
+    def join(self, index: int) -> None:
+        """Plug the cable in again."""
+        _ip("link", "set", f"{_name(index)}-up", "up")
 
     def _answers(self, index: int) -> bool:
         try:

@@ -116,6 +116,17 @@ def test_what_a_node_installs_from_is_mounted(name):
     assert set(mounts.values()) >= {*packages, *files, "requirements", "scripts"}
 
 
+def test_gcp_disks_are_of_the_zone_and_a_spot_node_leaves_none_behind():
+    config = read("gcp")
+    zone = config["provider"]["availability_zone"]
+    for name, type in config["available_node_types"].items():
+        (disk,) = type["node_config"]["disks"]
+        assert disk["initializeParams"]["diskType"] == f"zones/{zone}/diskTypes/pd-balanced"
+        scheduling = type["node_config"].get("scheduling", {})
+        assert (scheduling.get("provisioningModel") == "SPOT") == (name in ("rollout", "reward"))
+        assert (scheduling.get("instanceTerminationAction") == "DELETE") == (name in ("rollout", "reward"))
+
+
 def test_images_have_the_ray_and_the_python_of_the_lock():
     images = [
         image
@@ -296,7 +307,7 @@ def slurm(tmp_path):
 def test_slurm_starts_roles_on_their_nodes_and_trains_on_the_head(slurm, tmp_path):
     assert slurm("exit 7").wait(timeout=30) == 7
     calls = (tmp_path / "calls").read_text()
-    head, workers = re.findall(r"^ray start .*", calls, re.M)
+    head, workers = sorted(re.findall(r"^ray start .*", calls, re.M), key=lambda call: "--head" not in call)
     assert "--head" in head
     assert "--dashboard-host=127.0.0.1" in head
     assert json.loads(re.search(r"--resources=(.*)", head)[1]) == {"learner": 4, "reward": 2, "serve": 3}

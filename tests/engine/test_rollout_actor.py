@@ -1,6 +1,7 @@
 """A real rollout worker and weight store under a real Ray."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,13 +9,16 @@ import ray
 import torch
 from transformers import AutoTokenizer
 
+from actors.cluster import Cluster
+from actors.generation import RolloutPool
 from actors.rollout import RolloutWorker, StaleWeights, rollout_options
 from actors.weight_store import WeightStore
-from rporec.config import EngineConfig
-from rporec.engine.types import GenerationAborted, SamplingSpec, Version
+from rporec.config import EngineConfig, parse_config
+from rporec.engine.types import EngineError, GenerationAborted, SamplingSpec, Version
 from rporec.engine.weights import WeightsError, flatten
 from rporec.models.backbone import load_model
 from rporec.rl.rollout_schema import ROLLOUT_SCHEMA, GroupMeta, Lease, ragged, token_versions
+from rporec.text.completion_store import SHARD, Part, read_completions
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
 
@@ -25,7 +29,7 @@ SPEC = SamplingSpec(max_tokens=16, n=3, stop=())
 
 @pytest.fixture(scope="module")
 def cluster():
-    ray.init(num_cpus=2, resources={"rollout": 1}, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=2, resources={"rollout": 2}, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -51,6 +55,40 @@ def model(tiny_model):
 
 def scaled(model, factor):
     return flatten(((name, tensor * factor) for name, tensor in model.named_parameters()), drop_tied_head=True)
+
+
+def test_bulk_generation_goes_on_when_its_worker_is_lost(cluster, worker, tiny_model, tmp_path):
+    part = Part(tmp_path / "part", np.arange(3 * SHARD), replace(SPEC, n=1, max_tokens=8, seed=5))
+
+    def prompts(samples):
+        return [PROMPT[: 20 + sample % 20].tolist() for sample in samples]
+
+    local = Cluster(address="", namespace="", local=True, cuda=False)
+    with RolloutPool(tiny_model, parse_config({"engine": CONFIG.model_dump()}), local, 256, 1) as pool:
+
+        def lose(done, total, tokens):
+            if done == SHARD:
+                ray.kill(pool.workers[0])
+
+        pool.write(part, prompts, lose)
+    samples, texts = read_completions(part.folder)
+    assert samples.tolist() == list(range(3 * SHARD))
+    again = [
+        completions[0]["text"]
+        for number in range(3)
+        for completions in ray.get(worker.generate_many.remote(prompts(part.shard(number)), part.shard_spec(number)))
+    ]
+    assert texts == again
+
+
+def test_a_model_that_a_node_does_not_see_is_named(cluster, worker):
+    local = Cluster(address="", namespace="", local=True, cuda=False)
+    part = Part(Path("/nowhere/part"), np.arange(1), SPEC)
+    with (
+        RolloutPool("/nowhere/model", parse_config({}), local, 256, 1) as pool,
+        pytest.raises(EngineError, match="/nowhere/model is not on this node; put --run on storage"),
+    ):
+        pool.write(part, lambda samples: [PROMPT.tolist()], lambda *_: None)
 
 
 def test_a_lease_becomes_a_group_in_the_rollout_schema(worker, tiny_model):

@@ -1,0 +1,48 @@
+"""Data that lies on shared storage: a folder under a URL of any file system that fsspec knows (s3://, gs://, …)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rporec.data.errors import DataError
+from rporec.data.folder import Progress, new_folder
+
+PIECE = 1 << 22  # bytes
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def fetch(url: str, out: Path, progress: Progress) -> None:
+    """Copy every file under `url` into the new folder `out`, which appears whole or not at all.
+
+    Credentials are those of the environment, as the file system's own client finds them. progress: in bytes.
+    Raises DataError when nothing is there or it may not be read.
+    """
+    import fsspec
+
+    try:
+        system, root = fsspec.url_to_fs(url)
+        root = root.rstrip("/")
+        files = {name: info["size"] or 0 for name, info in system.find(root, detail=True).items()}
+        if not files:
+            raise DataError(f"{url}: nothing there; it should be a folder with interactions.* and items.*")
+        if root in files:
+            raise DataError(f"{url}: a file; give the folder that holds interactions.* and items.*")
+        done, total = 0, sum(files.values())
+        with new_folder(out) as folder:
+            for name in files:
+                target = folder / name.removeprefix(root).lstrip("/")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with system.open(name, "rb") as source, target.open("wb") as sink:
+                    while piece := source.read(PIECE):
+                        sink.write(piece)
+                        done += len(piece)
+                        progress("fetch", done, total)
+    except (ImportError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{url}: {error}") from None  # a protocol that is unknown, or whose package is missing
+    except OSError as error:
+        raise DataError(f"{url}: cannot be read ({error or type(error).__name__})") from None

@@ -1,0 +1,69 @@
+"""Data under a URL comes whole or not at all."""
+
+from __future__ import annotations
+
+import http.server
+import threading
+from functools import partial
+
+import fsspec
+import pytest
+
+from rporec.data import DataError
+from rporec.data.remote import fetch, is_url
+
+
+@pytest.fixture
+def bucket():
+    """A bucket of fsspec's in-memory file system, as object stores are: folders are prefixes of names."""
+    system = fsspec.filesystem("memory")
+    system.pipe({"/bucket/log/interactions.csv": b"user_id,item_id\n", "/bucket/log/more/items.csv": b"x" * 10_000_000})
+    yield "memory://bucket/log"
+    system.rm("/bucket", recursive=True)
+
+
+def test_a_folder_is_copied_with_what_is_below_it(bucket, tmp_path) -> None:
+    told = []
+    fetch(bucket + "/", tmp_path / "source", lambda *words: told.append(words))
+    assert (tmp_path / "source/interactions.csv").read_bytes() == b"user_id,item_id\n"
+    assert (tmp_path / "source/more/items.csv").stat().st_size == 10_000_000
+    assert told[-1] == ("fetch", 10_000_016, 10_000_016)
+    assert [one[1] for one in told] == sorted({one[1] for one in told})
+
+
+def test_what_breaks_off_leaves_nothing(bucket, tmp_path) -> None:
+    def break_off(*_):
+        raise ConnectionResetError("the line went dead")
+
+    with pytest.raises(DataError, match=r"memory://bucket/log: cannot be read \(the line went dead\)"):
+        fetch(bucket, tmp_path / "source", break_off)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("memory://bucket/none", "nothing there"),
+        ("memory://bucket/log/interactions.csv", "a file; give the folder"),
+        ("s4://bucket/log", "Protocol not known: s4"),
+    ],
+)
+def test_faults_are_one_line(bucket, tmp_path, url, told) -> None:
+    with pytest.raises(DataError, match=told) as error:
+        fetch(url, tmp_path / "source", lambda *_: None)
+    assert str(error.value).startswith(url)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "source").exists()
+
+
+def test_a_web_server_serves_as_well(tmp_path) -> None:
+    (tmp_path / "www/log").mkdir(parents=True)
+    (tmp_path / "www/log/items.csv").write_text("item_id\n1\n")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path / "www")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/log"
+        assert is_url(url)
+        fetch(url, tmp_path / "source", lambda *_: None)
+        server.shutdown()
+    assert (tmp_path / "source/items.csv").read_text() == "item_id\n1\n"
