@@ -76,7 +76,7 @@ def test_bulk_generation_goes_on_when_its_worker_is_lost(cluster, worker, tiny_m
     again = [
         completions[0]["text"]
         for number in range(3)
-        for completions in ray.get(worker.generate_many.remote(prompts(part.shard(number)), part.shard_spec(number)))
+        for completions in ray.get(worker.generate_many.remote(prompts(part.shard(number)), part.specs(number)))
     ]
     assert texts == again
 
