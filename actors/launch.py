@@ -11,7 +11,7 @@ from rich.console import Console
 
 from actors.cluster import awaited, connected
 from actors.job import Job
-from actors.stages import STAGES, evaluate_run, prepare_data
+from actors.stages import STAGES, evaluate_run, prepare_data, rank_methods
 from rporec.config import Config
 from rporec.run import Run
 
@@ -55,5 +55,8 @@ def _quiet() -> None:
 
 
 def evaluate(run: Run, config: Config, *, ablations: bool, address: str | None, console: Console) -> dict[str, Any]:
+    """Of a run without an LLM yet the baselines alone, which takes no cluster."""
+    if not run.finished("stage1"):
+        return rank_methods(run, config, console, ablations=ablations)
     with on_cluster(run, config, address, console) as job:
         return evaluate_run(job, ablations=ablations)

@@ -3,7 +3,7 @@
     data      raw files (or the embedded world) -> a data set
     warmup    the backbone, the teacher's rationales, supervised warm-up
     stage1    what the LLM writes before RL for the heads and for evaluation; the heads of the recipe
-    stage2    asynchronous reinforcement learning (`actors.reinforce`)
+    stage2    asynchronous reinforcement learning (`actors.reinforce`), or offline preferences (`actors.preference`)
     evaluate  what the improved LLM writes for test; the table and the report
 
 A stage that has finished is skipped by `--resume`; one that was cut off goes on where it was.
@@ -24,6 +24,7 @@ from rich.console import Console
 from actors.generation import RolloutPool
 from actors.job import Job
 from actors.learner import head_loop, warmup_loop
+from actors.preference import prefer
 from actors.reinforce import reinforce
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
@@ -262,10 +263,6 @@ def _write_completions(job: Job, recipe: StagedRecipe, model: Path, parts: list[
 # --- evaluate --------------------------------------------------------------------------------
 def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     """Completions of the best checkpoint for test, then the table of all methods and the report."""
-    from rporec.evaluation.table import print_table
-    from rporec.recipes.evaluation import evaluate
-    from rporec.report.html import write_report
-
     run, config, recipe = job.run, job.config, job.recipe
     over = run.finished("stage2")
     # Of a training under way this is a look, not the stage.
@@ -275,10 +272,19 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
             _write_completions(job, recipe, run.best_model, recipe.parts("stage2"))
         if config.more_warmup and over:
             _more_warmup(job, recipe)
-        with progress("ranking", console=job.console) as bar:
-            summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
+        return rank_methods(run, config, job.console, ablations=ablations)
+
+
+def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool) -> dict[str, Any]:
+    """The table of all methods and the report, of what is there; needs no cluster."""
+    from rporec.evaluation.table import print_table
+    from rporec.recipes.evaluation import evaluate
+    from rporec.report.html import write_report
+
+    with progress("ranking", console=console) as bar:
+        summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
     write_report(run.folder)
-    print_table(summary, job.console)
+    print_table(summary, console)
     return summary
 
 
@@ -309,6 +315,6 @@ def _forget_earlier_best(run: Run) -> None:
 STAGES: dict[str, Callable[[Job], Any]] = {
     "warmup": warm_up,
     "stage1": train_head_stage,
-    "stage2": reinforce,
+    "stage2": lambda job: (prefer if job.config.recipe == "preference" else reinforce)(job),
     "evaluate": evaluate_run,
 }

@@ -22,6 +22,7 @@ from rporec.run import STAGES, Run
 # Names of `rporec bench`, and their modules in `benchmarks/`.
 BENCHMARKS = {
     "async": "async_training",
+    "baselines": "baselines",
     "control-plane": "control_plane",
     "packing": "packing",
     "retrieval": "retrieval",
@@ -216,9 +217,11 @@ def _address(options: argparse.Namespace, *, dashboard: bool = False) -> str | N
 
 def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
-    run.require("stage1", "evaluate")
+    run.require("data", "evaluate")
+    changes = [] if options.baselines is None else [f"evaluate.baselines={json.dumps(options.baselines)}"]
+    config = override(run.config(), changes)
     importlib.import_module("actors.launch").evaluate(
-        run, run.config(), ablations=options.ablations, address=_address(options), console=_console()
+        run, config, ablations=options.ablations, address=_address(options), console=_console()
     )
 
 
@@ -431,6 +434,9 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="also with CoT and answer blanked and shuffled between users",
+    )
+    evaluate.add_argument(
+        "--baselines", metavar="NAMES", help="all, none, or a comma list (default: evaluate.baselines of the run)"
     )
     evaluate.add_argument("--address", help="Ray cluster to join")
 

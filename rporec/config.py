@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+BASELINES = (
+    *("popularity", "recent_popularity", "itemknn", "ease", "rules", "text_knn", "text_rules"),
+    *("gru4rec", "sasrec"),  # networks, and by far the dearest to tune
+)
 VLLM_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of its attention on CPU
 
 
@@ -157,6 +161,20 @@ class ReReConfig(Section):
     eval_beams: int = Field(20, ge=10)  # of validation and test; an item in none of them is a miss
 
 
+class PreferenceConfig(Section):
+    """`recipe: preference`: chosen items against negatives, offline, see `rporec.recipes.preference`.
+
+    Items are written as `rere` says; `steps`, `groups_per_step`, `group_size` (one chosen, the others
+    negatives), `rl.lr` and its schedule, `rl.grad_clip` and `rl.micro_batch_groups` are those of RL.
+    """
+
+    loss: Literal["s_dpo", "dynamicpo", "napo"] = "s_dpo"
+    beta: float = Field(1.0, gt=0)
+    negatives: Literal["sampled", "beams"] = "sampled"  # any items the user never had, or what the LLM would write
+    similarity: float = Field(0.8, ge=-1, le=1)  # napo: cosine from which users share negatives
+    margin: float = Field(1.0, ge=0)  # napo: nats, between the target and a negative that is sure to be one
+
+
 class RLConfig(Section):
     lr: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
@@ -213,6 +231,23 @@ class Elastic(Section):
         return self
 
 
+class EvaluateConfig(Section):
+    """What stands beside the run's own methods."""
+
+    baselines: tuple[str, ...] = BASELINES[:-2]  # names, or `all`
+    seeds: int = Field(3, ge=1)  # of a baseline that depends on its seed: its row is their mean
+
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if value in ("all", "none"):
+            return BASELINES if value == "all" else ()
+        names = value.split(",") if isinstance(value, str) else value
+        if isinstance(names, list | tuple) and (unknown := [name for name in names if name not in BASELINES]):
+            raise ValueError(f"{unknown[0]!r} is none of all, none, {', '.join(BASELINES)}")
+        return names
+
+
 class PromotionConfig(Section):
     """When training hands a version to serving, see `rporec.promotion`."""
 
@@ -245,7 +280,7 @@ class Config(Section):
     backbone: str = "tiny"
     # auto: CUDA where a GPU is there when the run begins; cuda: also where an autoscaler has yet to bring one
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recipe: Literal["rporec", "rere"] = "rporec"
+    recipe: Literal["rporec", "rere", "preference"] = "rporec"
     data: DataConfig = DataConfig()
     tiny: TinyConfig = TinyConfig()
     lora: LoraConfig | None = None
@@ -258,8 +293,10 @@ class Config(Section):
     head: HeadConfig = HeadConfig()
     reward: RewardConfig = RewardConfig()
     rere: ReReConfig = ReReConfig()
+    preference: PreferenceConfig = PreferenceConfig()
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
     promotion: PromotionConfig = PromotionConfig()
     serve: ServeConfig = ServeConfig()
 
@@ -284,6 +321,11 @@ class Config(Section):
         return self.backbone == "tiny"
 
     @property
+    def writes_items(self) -> bool:
+        """Whether what the LLM writes is an item itself."""
+        return self.recipe != "rporec"
+
+    @property
     def teacher_kind(self) -> str:
         return self.teacher.kind or ("template" if self.tiny_backbone else "backbone")
 
@@ -301,6 +343,10 @@ class Config(Section):
             raise ValueError("more_warmup compares RL with more warm-up; it needs both (steps, warmup.steps)")
         if self.recipe == "rere":
             self._check_rere()
+        if self.writes_items:
+            for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
+                if wanted:
+                    raise ValueError(f"recipe: {self.recipe} has no {key}; leave it out")
         if self.max_staleness > 0 and self.rl.correction == "none":
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":
@@ -333,9 +379,6 @@ class Config(Section):
             )
         if self.rl.temperature != 1:
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
-        for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
-            if wanted:
-                raise ValueError(f"recipe: rere has no {key}; leave it out")
 
     def _check_tiny(self) -> None:
         shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)

@@ -8,6 +8,7 @@ completions/       what the LLM wrote, by stage  head/ …          RecHeads
 checkpoints/       of stage 2                    best/            the LLM that validation picked
 promoted/          versions that may serve       promoted.json    which one does
 feedback/          what users did                items/           items added while serving
+baselines/         tuned and fitted baselines
 rollouts/          what each step consumed, with `save_rollouts`
 steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, report.html
 """
@@ -196,6 +197,7 @@ _MAY_CHANGE = {
     "learners",
     "checkpoint_every",
     "weight_transfer",
+    "evaluate",
     "promotion",
     "serve",
 }

@@ -1,5 +1,5 @@
-"""Recommenders that read no rationale: the references every row of the table is held against."""
+"""Recommenders that read no rationale: the references every row of the table is held against.
 
-from rporec.baselines.popularity import Baseline, Popularity, RecentPopularity
-
-__all__ = ["Baseline", "Popularity", "RecentPopularity"]
+`family` says what each of them offers and chooses parameters; one file per family of methods;
+`store` keeps what was fitted in the run directory.
+"""

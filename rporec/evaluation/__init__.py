@@ -2,7 +2,7 @@
 
 `ranking` turns scores into ranks, `bootstrap` puts an interval round a mean over samples, `table`
 keeps the ranks of every method and makes `metrics.json` of them, `cold` says which items train has
-never shown.
+shown often, rarely or never, `lists` what the methods show.
 """
 
 from rporec.evaluation.ranking import hit, ndcg, ranks

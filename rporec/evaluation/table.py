@@ -8,7 +8,8 @@ draws users.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -70,6 +71,9 @@ METHOD_ORDER = (
     "rporec_stage2_shuffled",
     "rporec_stage2_refreshed",
     "rere_sft",
+    "s_dpo",
+    "dynamicpo",
+    "napo",
     "rere",
     "teacher",
     "oracle",
@@ -91,9 +95,15 @@ DEFAULT_PAIRS = (
     ("rporec_stage2_refreshed", "rporec_stage1_refreshed"),
     ("rporec_stage2_vote8", "rporec_stage1_vote8"),
     ("rere", "rere_sft"),
+    ("s_dpo", "rere_sft"),
+    ("dynamicpo", "rere_sft"),
+    ("napo", "rere_sft"),
     ("rere", "rporec_stage2"),
+    ("rporec_stage2", "text_rules"),
+    ("rechead_history", "text_rules"),
     ("rporec_stage2", "sasrec"),
     ("rechead_history", "sasrec"),
+    ("text_rules", "sasrec"),
     ("rporec_stage2", "popularity"),
     ("rechead_history", "popularity"),
 )
@@ -115,7 +125,8 @@ class RankTable:
     def methods(self) -> list[str]:
         """Names present, in the order of the table: known methods first, then the rest as they came."""
         present = pc.unique(self.table["method"]).to_pylist()
-        return [m for m in METHOD_ORDER if m in present] + [m for m in present if m not in METHOD_ORDER]
+        place = {name: number for number, name in enumerate(METHOD_ORDER)}
+        return sorted(present, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
 
     def add(
         self, dataset: Dataset, method: str, convention: Convention, samples: np.ndarray, ranks: np.ndarray
@@ -174,22 +185,30 @@ def metrics(
     pairs: Sequence[tuple[str, str]] = DEFAULT_PAIRS,
     *,
     cold: Collection[str] | None = None,
+    strata: Mapping[str, Collection[str]] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Any]:
     """What `metrics.json` holds: each method's metrics with `_ci`, and paired differences, by convention.
 
     pairs: (A, B) for the difference A - B on the samples that both have; pairs with an absent method
-    are left out. cold: ids of items unseen in training; their targets get a table of their own.
+    are left out. cold: ids of items unseen in training; their targets get a table of their own, and so
+    do those of each of `strata` (name -> ids), under `by_popularity`.
     """
     conventions: dict[str, Any] = {}
     for convention in CONVENTIONS:
         rows = table.table.filter(pc.equal(table.table["convention"], convention))
         if len(rows):
             conventions[convention] = _summary(rows, table.methods, pairs, resamples, seed)
+
+            def of(ids: Collection[str], rows: pa.Table = rows) -> dict[str, Any]:
+                chosen = rows.filter(pc.is_in(rows["target"], value_set=pa.array(sorted(ids), pa.string())))
+                return _summary(chosen, table.methods, pairs, resamples, seed)
+
             if cold is not None:
-                rows = rows.filter(pc.is_in(rows["target"], value_set=pa.array(sorted(cold), pa.string())))
-                conventions[convention]["cold"] = _summary(rows, table.methods, pairs, resamples, seed)
+                conventions[convention]["cold"] = of(cold)
+            if strata is not None:
+                conventions[convention]["by_popularity"] = {name: of(ids) for name, ids in strata.items()}
     return {
         "dataset": dataset_info,
         "split": split,
@@ -265,7 +284,9 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
         return
     kept = "the user's earlier items removed" if convention == "exclude_history" else "nothing removed"
     title = f"{summary['split']}: {part['samples']:,} samples of {part['users']:,} users, whole catalogue, {kept}"
-    further = ("ndcg@5", "hr@5", "ndcg@20", "hr@20") if console.width >= 108 else ()
+    further: tuple[str, ...] = ("ndcg@5", "hr@5", "ndcg@20", "hr@20") if console.width >= 108 else ()
+    if console.width >= 134:
+        further += tuple(m for m in ("coverage@10", "diversity@10") if any(m in e for e in part["methods"].values()))
     table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for metric in ("ndcg@10", "hr@10", *further):
@@ -273,7 +294,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     best = max(entry["ndcg@10"] for entry in part["methods"].values())
     for method, entry in part["methods"].items():
         cells = [_with_interval(entry[m], entry[f"{m}_ci"]) for m in ("ndcg@10", "hr@10")]
-        cells += [f"{entry[m]:.3f}" for m in further]
+        cells += [f"{entry[m]:.3f}" if m in entry else "–" for m in further]
         table.add_row(method, *cells, style="bold" if entry["ndcg@10"] == best else "")
     console.print(table)
     if part["paired"]:
@@ -290,10 +311,31 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
             table.add_row(pair.replace("-", " − ", 1), *cells[: len(table.columns) - 1], style="" if clear else "dim")
         console.print(table)
         console.print("Brackets: 95 % bootstrap over users. Dim: the interval of the NDCG difference holds 0.")
+    _print_by_popularity(part.get("by_popularity", {}), console)
     if part.get("cold", {}).get("samples"):
         cold = part["cold"]
         listed = ", ".join(f"{method} {entry['ndcg@10']:.3f}" for method, entry in cold["methods"].items())
         console.print(f"NDCG@10 on the {cold['samples']:,} targets that training never showed: {listed}")
+
+
+def _print_by_popularity(strata: dict[str, Any], console: Console) -> None:
+    """NDCG@10 of every method by how often train has the target."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    strata = {name: part for name, part in strata.items() if part["samples"]}
+    if not strata:
+        return
+    table = Table(
+        title="NDCG@10 by the target's popularity in train", title_justify="left", title_style="", box=SIMPLE_HEAD
+    )
+    table.add_column("method", no_wrap=True)
+    for name, part in strata.items():
+        table.add_column(f"{name} ({part['samples']:,})", justify="right", no_wrap=True)
+    for method in next(iter(strata.values()))["methods"]:
+        cells = [part["methods"].get(method, {}).get("ndcg@10") for part in strata.values()]
+        table.add_row(method, *("–" if value is None else f"{value:.3f}" for value in cells))
+    console.print(table)
 
 
 def _with_interval(value: float, interval: Sequence[float], sign: str = "") -> str:

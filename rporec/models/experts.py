@@ -58,7 +58,7 @@ class Experts:
         age = (times[-1] - times).astype(np.float64) if len(times) else np.ones(1)
         half_lives = {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()}
         return cls(
-            _transitions(dataset, rows),
+            transitions(dataset, rows),
             TextVectors.fit([dataset.catalog.text(item) for item in range(len(dataset.catalog))]).neighbours(),
             dataset.items[rows][order].astype(np.int32),
             times.astype(np.int64),
@@ -88,7 +88,7 @@ class Experts:
         """Those of the experts `names` that are silent about most items: name -> float32 [B, N]."""
         size = self.rules.shape[0]
         result = {}
-        recent = _recent(inputs.seen, size)
+        recent = newest(inputs.seen, size)
         if "rules" in names:
             shrunken = sp.csr_matrix(
                 (recent.data / self._support[recent.indices], recent.indices, recent.indptr), recent.shape
@@ -97,9 +97,9 @@ class Experts:
         if "text_knn" in names:
             result["text_knn"] = recent @ self.neighbours
         if "in_history" in names:
-            result["in_history"] = _ones([np.unique(items) for items in inputs.seen], size)
+            result["in_history"] = ones([np.unique(items) for items in inputs.seen], size)
         if "last_item" in names:
-            result["last_item"] = _ones([items[-1:] for items in inputs.seen], size)
+            result["last_item"] = ones([items[-1:] for items in inputs.seen], size)
         return result
 
     def _shared(self, times: np.ndarray, names: Collection[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -199,14 +199,18 @@ class WeightedExperts:
         return items, np.bincount(place, np.concatenate([*given, np.zeros(0)]), len(items)).astype(np.float32)
 
 
-def _transitions(dataset: Dataset, rows: np.ndarray) -> sp.csr_matrix:
+def transitions(dataset: Dataset, rows: np.ndarray, lags: int = LAGS) -> sp.csr_matrix:
+    """float32 [N, N], row j: how often i follows j in `rows`, weight 1 at distance 1 falling linearly to 1 / lags.
+
+    rows: positions in `dataset.items`, ascending.
+    """
     owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[rows]
     items = dataset.items[rows]
     size = len(dataset.catalog)
     total = sp.csr_matrix((size, size), dtype=np.float32)
-    for lag in range(1, LAGS + 1):
+    for lag in range(1, lags + 1):
         first = np.flatnonzero(owner[lag:] == owner[:-lag])
-        weight = np.full(len(first), 1 - (lag - 1) / LAGS, dtype=np.float32)
+        weight = np.full(len(first), 1 - (lag - 1) / lags, dtype=np.float32)
         total = total + sp.csr_matrix((weight, (items[first], items[first + lag])), shape=(size, size))
     return total.tocsr()
 
@@ -219,15 +223,16 @@ def _moved(matrix: sp.csr_matrix, places: np.ndarray, size: int) -> sp.csr_matri
     return sp.csr_matrix((entries.data, (places[entries.row], places[entries.col])), shape=(size, size))
 
 
-def _recent(seen: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
-    """float32 [B, N]: weight of each newest history item, rows sum to 1 (or 0 without a history)."""
-    newest = [items[-RECENT:][::-1] for items in seen]
-    weights = 1 - np.arange(RECENT) / RECENT
-    data = [weights[: len(items)] / weights[: len(items)].sum() for items in newest]
-    return _rows(newest, data, size)
+def newest(seen: Sequence[np.ndarray], size: int, count: int = RECENT) -> sp.csr_matrix:
+    """float32 [B, size]: weight of each of the `count` newest items, falling linearly; rows sum to 1 (or 0)."""
+    recent = [items[-count:][::-1] for items in seen]
+    weights = 1 - np.arange(count) / count
+    data = [weights[: len(items)] / weights[: len(items)].sum() for items in recent]
+    return _rows(recent, data, size)
 
 
-def _ones(items: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
+def ones(items: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
+    """float32 [B, size]: 1 for each item of a row."""
     return _rows(items, [np.ones(len(row)) for row in items], size)
 
 

@@ -100,8 +100,9 @@ class StagedRecipe(Recipe, Protocol):
 
 def load_recipe(run: Run, config: Config) -> StagedRecipe:
     """The recipe that the config names, on the run's data."""
+    from rporec.recipes.preference import Preference
     from rporec.recipes.rere import ReRe
     from rporec.recipes.rporec import RPORec
 
-    recipes: dict[str, type[RPORec | ReRe]] = {"rporec": RPORec, "rere": ReRe}
+    recipes: dict[str, type[RPORec | ReRe]] = {"rporec": RPORec, "rere": ReRe, "preference": Preference}
     return recipes[config.recipe](run, config)

@@ -12,6 +12,7 @@ from rporec.report.svg import Axis, Interval, axis_labels, interval_plot
 from rporec.report.training import table
 
 SHOWN = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
+LISTS = ("coverage@10", "diversity@10")  # where they were measured
 CONVENTIONS = {"exclude_history": "the user's earlier items removed", "all": "nothing removed"}
 COLORS = (("rporec_stage2", 2), ("rporec_stage1", 1), ("rechead", 0), ("rere", 3))
 OTHER_COLOR = 6
@@ -53,6 +54,14 @@ def _convention(part: dict[str, Any]) -> Markup:
             _paired(mapping(part.get("paired"))),
             element("h3", "Every metric"),
             _table(methods),
+            *(
+                element(
+                    "details",
+                    element("summary", f"The {number(mapping(stratum).get('samples')) or 0:,.0f} {name} targets"),
+                    _table({method: mapping(e) for method, e in mapping(mapping(stratum).get("methods")).items()}),
+                )
+                for name, stratum in mapping(part.get("by_popularity")).items()
+            ),
             element(
                 "details",
                 element("summary", f"The {number(cold.get('samples')) or 0:,.0f} targets that training never showed"),
@@ -103,18 +112,19 @@ def _forest(rows: Sequence[Row], *, zero: bool = False) -> Markup:
 
 
 def _table(methods: dict[str, dict[str, Any]]) -> Markup:
-    best = {m: max((v for e in methods.values() if (v := number(e.get(m))) is not None), default=None) for m in SHOWN}
+    columns = (*SHOWN, *(m for m in LISTS if any(m in entry for entry in methods.values())))
+    best = {m: max((v for e in methods.values() if (v := number(e.get(m))) is not None), default=None) for m in columns}
     rows = []
     for name, entry in methods.items():
         cells = []
-        for metric in SHOWN:
+        for metric in columns:
             value, low, high = _estimate(entry, metric, f"{metric}_ci")
             written = "–" if value is None else _figure(value)
             strong = value is not None and value == best[metric]
             small = element("small", _range(low, high)) if low is not None and high is not None else None
             cells.append(join([element("b", written) if strong else written, small]))
         rows.append((name, *cells))
-    return table(("method", *(m.upper() for m in SHOWN)), rows)
+    return table(("method", *(m.upper() for m in columns)), rows)
 
 
 def _estimate(entry: dict[str, Any], metric: str, interval: str) -> tuple[float | None, float | None, float | None]:

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from actors.simulated import Latency
-from benchmarks import async_training, control_plane, packing, ray_path, retrieval
+from benchmarks import async_training, baselines, control_plane, packing, ray_path, retrieval
 from benchmarks.result import result
 from benchmarks.rounds import in_turns
 from rporec.cli import BENCHMARKS
-from rporec.config import TinyConfig
+from rporec.config import SyntheticConfig, TinyConfig
 
 
 @pytest.mark.parametrize("module", BENCHMARKS.values())
@@ -140,7 +140,7 @@ def test_weights_reach_two_engines() -> None:
     """In a process of its own: the learner's environment must stand before torch is imported."""
     script = "import json; from benchmarks.weights import *; print(json.dumps(run(SMALL, rounds=1, group_count=4)))"
     small = repr(TinyConfig(hidden=64, heads=2, kv_heads=1, layers=1, intermediate=128))
-    script = f"from rporec.config import TinyConfig; SMALL = {small}; {script}"
+    script = f"from rporec.config import SyntheticConfig, TinyConfig; SMALL = {small}; {script}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
@@ -191,3 +191,10 @@ def test_a_lower_reward_shows_in_the_interval() -> None:
     worse = [a_step(1.0, 2.0, 0.4 + 0.01 * (step % 2)) for step in range(30)]
     low, high = async_training.reward_interval([sync], [worse])
     assert low < high < 0
+
+
+def test_all_baselines_but_networks_are_timed_on_a_small_world() -> None:
+    names = ("popularity", "itemknn", "text_rules")
+    found = baselines.measure(SyntheticConfig(users=60, series=8, volumes=2, genres=4, studios=4, length=8), names)
+    assert set(found["ndcg@10"]) == set(names)
+    assert {"everything", "again", "tune_itemknn"} <= set(found["wall"])

@@ -201,6 +201,19 @@ def test_the_data_stage_alone_needs_no_cluster_and_can_be_resumed(rporec, here):
     assert "nothing left to do" in rporec("train", DEMO, *small, "--run", "run", "--resume", "--stages", "data")[1]
 
 
+def test_a_run_of_data_alone_is_evaluated_without_a_cluster(here, rporec, refused):
+    small = ["data.synthetic.users=60", "data.synthetic.series=8", "data.synthetic.genres=4"]
+    assert rporec("train", DEMO, *small, "--run", "run", "--stages", "data")[0] == 0
+    assert "evaluate.baselines: 'rulez' is none of all, none, " in refused("evaluate", "run", "--baselines", "rulez")
+    assert rporec("evaluate", "run", "--baselines", "popularity,rules")[0] == 0
+    summary = json.loads((here / "run" / "metrics.json").read_text())
+    methods = summary["conventions"]["exclude_history"]["methods"]
+    assert set(methods) == {"popularity", "rules", "oracle"}
+    assert 0 < methods["rules"]["coverage@10"] <= 1
+    assert summary["baselines"]["rules"]["tried"] == 45
+    assert set(summary["conventions"]["all"]["by_popularity"]) == {"head", "middle", "tail"}
+
+
 # --- the other commands on runs ----------------------------------------------------------------
 @pytest.mark.parametrize("command", ["evaluate", "status", "report", "export --out o"])
 def test_no_run_and_half_a_run_are_refused(refused, here, command):
@@ -211,10 +224,10 @@ def test_no_run_and_half_a_run_are_refused(refused, here, command):
     assert "half: not a run directory (no config.json)" in refused(name, "half", *options)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "export --out o"])
-def test_a_run_without_stage_1_says_so(refused, run, command):
+@pytest.mark.parametrize(("command", "stage"), [("evaluate", "data"), ("export --out o", "stage1")])
+def test_a_run_that_has_not_come_so_far_says_so(refused, run, command, stage):
     name, *options = command.split()
-    assert f"{name} needs stage stage1, which has not finished" in refused(name, "run", *options)
+    assert f"{name} needs stage {stage}, which has not finished" in refused(name, "run", *options)
 
 
 @pytest.mark.parametrize("command", ["evaluate", "status", "export --out o"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rporec.config import ConfigError, load_config, parse_config
+from rporec.config import BASELINES, ConfigError, load_config, parse_config
 
 NARROW = {"tiny": {"hidden": 128, "heads": 8, "kv_heads": 2}}  # attention of width 16
 
@@ -29,6 +29,10 @@ REFUSED = {
     "a control of another recipe": (
         {"recipe": "rere", "max_staleness": 0, "more_warmup": True},
         "recipe: rere has no more_warmup",
+    ),
+    "no such baseline": (
+        {"evaluate": {"baselines": ["easy"]}},
+        "evaluate.baselines: 'easy' is none of all, none, popul",
     ),
     "masks of tokens in a loss of sequences": (
         {"rl": {"loss": "gspo", "correction": "icepop"}},
@@ -126,3 +130,16 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_resolved_config_reads_back_as_it_was():
     config = parse_config({"rl": {"icepop": [0.4, 3]}, "lora": {}, "engine": {"args": {"max_model_len": 512}}})
     assert parse_config(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("all", BASELINES),
+        ("none", ()),
+        ("sasrec,ease", ("sasrec", "ease")),
+        (["rules"], ("rules",)),
+    ],
+)
+def test_baselines_are_named_in_a_list_or_in_one_word(written, meant):
+    assert parse_config({"evaluate": {"baselines": written}}).evaluate.baselines == meant

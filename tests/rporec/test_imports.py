@@ -17,9 +17,9 @@ HEAVY = ("torch", "vllm", "ray", "transformers", "deepspeed", "sklearn", "matplo
 FLOORS = (
     ("rporec", "rporec.config", "rporec.files"),
     ("rporec.data", "rporec.evaluation", "rporec.engine"),
-    ("rporec.text", "rporec.baselines", "rporec.run", "rporec.status", "rporec.promotion"),
+    ("rporec.text", "rporec.run", "rporec.status", "rporec.promotion"),
     ("rporec.models", "rporec.report"),
-    ("rporec.rl",),
+    ("rporec.rl", "rporec.baselines"),
     ("rporec.recipes", "rporec.envs", "rporec.export", "rporec.doctor", "rporec.plan"),
     ("actors",),
     ("serve",),

@@ -78,6 +78,10 @@ FULL = {
                     f"{HOSTILE}-x": {"ndcg@10": 0.1, "ci": [-0.05, 0.15]},
                 },
                 "cold": {"samples": 2, "methods": {"rporec_stage1": entry(0.1)}},
+                "by_popularity": {
+                    "tail": {"samples": 5, "methods": {HOSTILE: {**entry(0.3), "coverage@10": 0.25}}},
+                    HOSTILE: {"samples": 2, "methods": {}},
+                },
             },
             "all": {"methods": {"rporec_stage2": entry(0.45)}},
         },

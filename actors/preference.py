@@ -1,0 +1,63 @@
+"""Stage 2 of the offline recipe: the learner group alone, on pairs that nobody has to generate."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from actors.job import Job
+from actors.learner import step_record
+from rporec.engine.types import Version
+from rporec.files import append_line, read_lines, write_json
+from rporec.report.live import progress
+
+
+def prefer(job: Job) -> None:
+    """Train on chosen items and negatives; the last weights become `best/`. A run that was cut off begins it anew."""
+    run, config = job.run, job.config
+    with run.stage("stage2") as notes:
+        if config.steps == 0:
+            notes["skipped"] = "steps: 0"
+            return
+        run.steps.unlink(missing_ok=True)
+        with progress(config.preference.loss, total=config.steps, console=job.console) as bar:
+
+            def watch() -> None:
+                if records := read_lines(run.steps):
+                    last = records[-1]
+                    note = f"loss {last['loss']:.3f}, chosen above all negatives {last['accuracy']:.0%}"
+                    bar.update(last["step"] + 1, note=note)
+
+            job.fit(preference_loop, {"run": run, "config": config}, config.preference.loss, config.learners, watch)
+            watch()
+        last = read_lines(run.steps)[-1]
+        notes |= {"steps": config.steps, "loss": last["loss"], "cpu_seconds": last["cpu_seconds"] * config.learners}
+        write_json(run.folder / "best.json", {"attempt": 0, "version": config.steps, "step": config.steps})
+
+
+def preference_loop(spec: dict[str, Any]) -> None:
+    """All steps on one rank; groups are dealt to ranks in turn."""
+    run, config = spec["run"], spec["config"]
+    run.require_here()
+    import torch.distributed as dist
+
+    from rporec.models.backbone import save_model
+    from rporec.recipes.preference import Preference
+    from rporec.rl.learner import Clock
+    from rporec.rl.preference_learner import PreferenceLearner
+
+    rank, world = dist.get_rank(), dist.get_world_size()
+    recipe = Preference(run, config)
+    learner = PreferenceLearner(run.warm_model, config, world=world, auxiliary=recipe.auxiliary())
+    began = time.process_time()
+    for step in range(config.steps):
+        clock = Clock()
+        first = step * config.groups_per_step
+        groups = recipe.groups(range(first + rank, first + config.groups_per_step, world))
+        clock.lap("other")
+        metrics = learner.step(groups)
+        clock.lap("backward")
+        if rank == 0:
+            append_line(run.steps, step_record(step, Version(0, step), metrics, clock, began))
+    if rank == 0:
+        save_model(learner.policy.engine.module, recipe.writer.tokenizer, run.best_model)

@@ -1,0 +1,123 @@
+"""What every baseline offers, and the one function that chooses its parameters.
+
+A `Family` is a method before it has seen data: it proposes candidates and fits one for good. A
+`Baseline` is what a fit leaves behind. All are fitted on all of train, whatever the LLM's slices are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from rporec.data import Dataset
+from rporec.evaluation.ranking import ndcg, ranks
+
+CHUNK = 512  # samples scored at once
+ROWS = 2000  # of validation that candidates are compared on, evenly spread
+PATIENCE = 3  # candidates of a path without a better one before it is left
+Parameters = dict[str, Any]  # plain JSON values
+
+
+class Baseline(Protocol):
+    """A fitted recommender."""
+
+    def scores(self, dataset: Dataset, samples: np.ndarray) -> np.ndarray:
+        """Finite scores of the whole catalogue for each sample, [B, N]; may be a read-only view."""
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All of it as plain arrays, for `Family.restore`."""
+
+
+class Family(Protocol):
+    """A method. What it fits on: samples in time order, of which it may use targets and histories."""
+
+    name: ClassVar[str]  # of its row in the table
+    random: ClassVar[bool]  # whether the seed matters
+
+    def paths(
+        self, dataset: Dataset, samples: np.ndarray, validation: Validation, seed: int
+    ) -> Iterator[Iterator[tuple[Parameters, Baseline]]]:
+        """Candidates fitted on `samples`, in paths: along one the same model grows, say by epochs.
+
+        A candidate is good until the next one is asked for.
+        """
+
+    def fit(self, dataset: Dataset, samples: np.ndarray, parameters: Parameters, seed: int) -> Baseline:
+        """The candidate with these parameters, fitted on `samples`."""
+
+    def restore(self, dataset: Dataset, arrays: Mapping[str, np.ndarray], parameters: Parameters) -> Baseline:
+        """From `Baseline.arrays`."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What candidates are compared on."""
+
+    dataset: Dataset
+    samples: np.ndarray
+    exclude_history: bool  # whether the user's earlier items leave the ranking
+
+    @classmethod
+    def of(cls, dataset: Dataset, *, exclude_history: bool, rows: int = ROWS) -> Validation:
+        samples = dataset.split("valid")
+        chosen = np.unique(np.linspace(0, len(samples) - 1, min(rows, len(samples))).astype(np.int64))
+        return cls(dataset, samples[chosen] if len(samples) else samples, exclude_history)
+
+    def exclude(self, samples: np.ndarray) -> list[np.ndarray] | None:
+        """Items that leave each sample's ranking."""
+        return [self.dataset.seen(int(sample)) for sample in samples] if self.exclude_history else None
+
+    def ndcg(self, baseline: Baseline) -> float:
+        """NDCG@10; 0 without samples."""
+        total = 0.0
+        for start in range(0, len(self.samples), CHUNK):
+            chunk = self.samples[start : start + CHUNK]
+            scores = baseline.scores(self.dataset, chunk)
+            total += float(ndcg(ranks(scores, self.dataset.targets(chunk), self.exclude(chunk)), 10).sum())
+        return total / max(len(self.samples), 1)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    parameters: Parameters
+    ndcg: float  # NDCG@10 on validation
+    tried: int  # candidates
+
+
+def tune(
+    family: Family,
+    dataset: Dataset,
+    samples: np.ndarray,
+    validation: Validation,
+    *,
+    seed: int = 0,
+    progress: Callable[[Parameters, float], None] = lambda parameters, value: None,
+) -> Tuned:
+    """The candidate with the best NDCG@10 on validation when fitted on `samples`; the first of equals."""
+    best, tried = Tuned({}, -1.0, 0), 0
+    for path in family.paths(dataset, samples, validation, seed):
+        top, waited = -1.0, 0
+        for parameters, baseline in path:
+            value = validation.ndcg(baseline)
+            progress(parameters, value)
+            tried += 1
+            if value > best.ndcg:
+                best = Tuned(parameters, value, tried)
+            top, waited = (value, 0) if value > top else (top, waited + 1)
+            if waited >= PATIENCE:
+                break
+    return Tuned(best.parameters, best.ndcg, tried)
+
+
+def tuning_samples(dataset: Dataset) -> np.ndarray:
+    """The training samples that candidates are fitted on: without the newest eighth, if splits follow time.
+
+    Test lies a validation split after the last training sample. Candidates that were fitted right up to
+    validation would be chosen for a nearness that test does not have, and what forgets fast would win.
+    """
+    train = dataset.split("train")
+    follows_time = dataset.manifest.get("settings", {}).get("split") != "leave-one-out"
+    return train[: len(train) - len(train) // 8] if follows_time else train
