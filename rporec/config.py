@@ -333,6 +333,8 @@ class Config(Section):
             )
         if self.rl.temperature != 1:
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
+        if self.rere.identity == "semantic" and self.lora:
+            raise ValueError("rere.identity: semantic adds tokens, whose embeddings lora does not train; take title")
         for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
             if wanted:
                 raise ValueError(f"recipe: rere has no {key}; leave it out")

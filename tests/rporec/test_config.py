@@ -30,6 +30,10 @@ REFUSED = {
         {"recipe": "rere", "max_staleness": 0, "more_warmup": True},
         "recipe: rere has no more_warmup",
     ),
+    "new tokens that nothing trains": (
+        {"recipe": "rere", "max_staleness": 0, "rere": {"identity": "semantic"}, "lora": {"rank": 2}},
+        "rere.identity: semantic adds tokens",
+    ),
     "masks of tokens in a loss of sequences": (
         {"rl": {"loss": "gspo", "correction": "icepop"}},
         "rl.correction: icepop",
