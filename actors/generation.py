@@ -21,7 +21,7 @@ from rporec.text.completion_store import Part
 Progress = Callable[[int, int, int], None]
 
 
-DEATHS_IN_A_ROW = 3  # with no shard between them
+DEATHS_IN_A_ROW = 3  # of each worker, with no shard between them
 
 
 class RolloutPool:
@@ -78,7 +78,7 @@ class RolloutPool:
                 missing.append(number)
                 if worker is self.workers[index]:  # else its other shard has told already
                     deaths += 1
-                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW:
+                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW * len(self.workers):
                         raise EngineError(f"a rollout worker died: {last_words(error)}") from None
                     ray.kill(worker)  # out of reach is not dead, and holds its place
                     self.workers[index] = self._start(index)

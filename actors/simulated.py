@@ -173,7 +173,10 @@ class SimulatedRollout(_Actor):
             rows.meta = GroupMeta(lease.group, TOKENS * self.size, (TOKENS,) * self.size, versions, 1.0)
             return rows.meta
 
-        return rows, self.answer(seconds, finish)
+        return rows, self.write(seconds, finish)
+
+    def write(self, seconds: float, value: Callable[[], Any]) -> asyncio.Future:
+        return self.answer(seconds, value)
 
     def generate_together(self, leases: Sequence[Lease], spec: Spec) -> tuple[Any, ...]:
         rows, metas = zip(*(self.generate(lease, spec) for lease in leases), strict=True)
@@ -293,7 +296,7 @@ class SimulatedRecipe:
     """Samples in an order that follows from the seed; prompts of one token."""
 
     model, context = "", 2 * TOKENS
-    probes: tuple[np.ndarray, ...] = ()
+    probes: list[np.ndarray] = []  # noqa: RUF012 - nobody adds any
     validation: tuple[np.ndarray, list[np.ndarray], list[Spec]] = (np.arange(0), [], [])
 
     def __init__(self, seed: int = 0, samples: int = 100_000) -> None:

@@ -168,7 +168,7 @@ def _train(options: argparse.Namespace) -> int:
     address = _address(options, dashboard=True)
     if address is not None and not (options.run and options.run.is_absolute()):
         raise ConfigError("--run: on a cluster an absolute path, on storage that all its nodes see")
-    if address is not None and not submission.in_job():
+    if address is not None and not submission.in_job() and not options.attached:
         words = [*overrides, *(["--resume"] if options.resume else [])]
         words += ["--stages", options.stages] if options.stages else []
         return submission.submit(options.config, config, options.run, address, words, _console())
@@ -283,8 +283,8 @@ def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "serve")
     run.require_head("serve")
-    if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine."))]:
-        raise ConfigError(f"{bad[0]!r}: serving changes keys of serve. and engine. alone; the rest is the run's")
+    if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine.", "device="))]:
+        raise ConfigError(f"{bad[0]!r}: serving changes device and keys of serve. and engine.; the rest is the run's")
     if not 0 < options.port < 2**16:
         raise ConfigError(f"--port {options.port}: a port is between 1 and 65535")
     config = override(run.config(), options.overrides)
@@ -324,7 +324,8 @@ def _plan(options: argparse.Namespace) -> int:
         speeds = Speeds(**given)
     elif any(given.values()):
         raise ConfigError("plan: --rollout-seconds and --learner-seconds go together, or --run has the other one")
-    planned = plan(config, pools, speeds)
+    balance = importlib.import_module("actors.forecast").balance if speeds else None
+    planned = plan(config, pools, speeds, balance)
     if options.json:
         print(json.dumps(planned))
     else:
@@ -416,6 +417,11 @@ def _parser() -> argparse.ArgumentParser:
         "--address",
         help="submit to this Ray cluster: auto or HOST:PORT on a node of it, http://HOST:PORT of its dashboard "
         "(default: start one on this machine)",
+    )
+    train.add_argument(
+        "--attached",
+        action="store_true",
+        help="with --address: train from this process, a node's, instead of submitting a job; Ctrl-C ends the training",
     )
 
     evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")

@@ -189,6 +189,7 @@ def read_config(path: Path) -> Config:
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.
 _MAY_CHANGE = {
     "name",
+    "device",
     "steps",
     "rollout_workers",
     "reward_workers",
