@@ -83,18 +83,11 @@ def warm_up(job: Job) -> None:
     """Backbone, rationales where a teacher writes them, supervised warm-up."""
     run, config = job.run, job.config
     with run.stage("warmup") as notes:
-        if not run.backbone.exists():
-            job.recipe.make_backbone()
-        recipe = job.recipe
-        slices = recipe.slices
-        notes["samples"] = {name: len(getattr(slices, name)) for name in ("warmup", "head", "rl")}
-        shares: list[tuple[Any, str]] = [
-            (slices.warmup, "warm-up"),
-            (slices.head if recipe.heads else [], "the head"),
-            (slices.rl, "RL"),
-        ]
-        listed = ", ".join(f"{len(samples):,} for {purpose}" for samples, purpose in shares if len(samples))
-        job.console.print(f"samples: {listed}")
+        job.recipe.make_backbone()
+        recipe = job.recipe  # which now finds its tokenizer
+        notes["samples"] = {name: len(getattr(recipe.slices, name)) for name in ("warmup", "head", "rl")}
+        counts = ", ".join(f"{count:,} for {name}" for name, count in notes["samples"].items() if count)
+        job.console.print(f"samples: {counts}")
         if config.warmup.steps == 0:
             return
         if isinstance(recipe, RPORec):

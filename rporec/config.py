@@ -379,6 +379,8 @@ class Config(Section):
             )
         if self.rl.temperature != 1:
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
+        if self.rere.identity == "semantic" and self.lora:
+            raise ValueError("rere.identity: semantic adds tokens, whose embeddings lora does not train; take title")
 
     def _check_tiny(self) -> None:
         shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)

@@ -85,7 +85,7 @@ class StagedRecipe(Recipe, Protocol):
     def writer(self) -> PromptWriter: ...
 
     def make_backbone(self) -> None:
-        """The LLM before warm-up, into RUN/backbone."""
+        """The LLM before warm-up, into RUN/backbone, unless it is there."""
 
     def pairs(self) -> list[Pair]:
         """What it is warmed up on."""

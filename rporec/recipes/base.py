@@ -83,9 +83,12 @@ class BaseRecipe:
         raise NotImplementedError
 
     def make_backbone(self) -> None:
+        """Into RUN/backbone, unless it is there."""
         from rporec.models.backbone import bring_backbone, make_tiny
 
         config, out = self.config, self.run.backbone
+        if out.exists():
+            return
         texts, tokens = self.vocabulary()
         if config.tiny_backbone:
             make_tiny(texts, config.tiny, config.seed, out, tokens)

@@ -38,10 +38,10 @@ class ReRe(BaseRecipe):
 
     @cached_property
     def slices(self) -> TrainSlices:
-        """All that comes before the RL slice is for supervision; no head reads what an LLM wrote for it."""
+        """All that comes before the RL slice is for supervision, and for the recommender: it reads no text of an LLM."""
         slices = super().slices
         before = np.concatenate([slices.warmup, slices.head])
-        return TrainSlices(warmup=before, head=before, rl=slices.rl)
+        return TrainSlices(warmup=before, head=before if self.heads else before[:0], rl=slices.rl)
 
     # --- identities --------------------------------------------------------------------------
     @property
@@ -73,7 +73,7 @@ class ReRe(BaseRecipe):
         return tokenizer_texts([]), code_tokens(self.identities)
 
     def make_backbone(self) -> None:
-        """And the identities in its tokens."""
+        """And the identities in its tokens, again each time: a crash may have come between the two."""
         from rporec.models.backbone import load_tokenizer
 
         super().make_backbone()

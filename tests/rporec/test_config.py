@@ -34,6 +34,10 @@ REFUSED = {
         {"evaluate": {"baselines": ["easy"]}},
         "evaluate.baselines: 'easy' is none of all, none, popul",
     ),
+    "new tokens that nothing trains": (
+        {"recipe": "rere", "max_staleness": 0, "rere": {"identity": "semantic"}, "lora": {"rank": 2}},
+        "rere.identity: semantic adds tokens",
+    ),
     "masks of tokens in a loss of sequences": (
         {"rl": {"loss": "gspo", "correction": "icepop"}},
         "rl.correction: icepop",
