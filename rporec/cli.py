@@ -21,11 +21,16 @@ from rporec.run import STAGES, Run
 
 # Names of `rporec bench`, and their modules in `benchmarks/`.
 BENCHMARKS = {
+    "all": "all",
     "async": "async_training",
     "control-plane": "control_plane",
+    "data": "data_build",
+    "learner": "learner",
     "packing": "packing",
+    "peer-trl": "peer_trl",
     "retrieval": "retrieval",
     "reward": "reward",
+    "rollout": "rollout",
     "serve": "serving",
     "weights": "weights",
 }
@@ -328,7 +333,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    result = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}").run()
+    benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}")
+    result = benchmark.run(**getattr(benchmark, "SHORT", {}) if options.short else {})
     if not options.json:
         for key, value in result["ratios"].items():
             print(f"{key:>36}  {value}")
@@ -488,6 +494,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
     bench.add_argument("name", choices=sorted(BENCHMARKS))
     bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
+    bench.add_argument("--short", action="store_true", help="fewer rounds or a smaller size, where it has such")
 
     doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
     doctor.add_argument("--address", help="also ask this Ray cluster")
