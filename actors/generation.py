@@ -21,7 +21,7 @@ from rporec.text.completion_store import Part
 Progress = Callable[[int, int, int], None]
 
 
-DEATHS_IN_A_ROW = 3  # with no shard between them
+DEATHS_IN_A_ROW = 3  # of each worker, with no shard between them
 
 
 class RolloutPool:
@@ -67,7 +67,7 @@ class RolloutPool:
             while missing and idle:
                 number, index = missing.pop(), idle.pop()
                 worker = self.workers[index]
-                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.shard_spec(number))
+                asked = worker.generate_many.remote(list(prompts(part.shard(number))), part.specs(number))
                 running[asked] = (number, index, worker)
             (done, *_), _ = ray.wait(list(running), num_returns=1)
             number, index, worker = running.pop(done)
@@ -78,7 +78,7 @@ class RolloutPool:
                 missing.append(number)
                 if worker is self.workers[index]:  # else its other shard has told already
                     deaths += 1
-                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW:
+                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW * len(self.workers):
                         raise EngineError(f"a rollout worker died: {last_words(error)}") from None
                     ray.kill(worker)  # out of reach is not dead, and holds its place
                     self.workers[index] = self._start(index)

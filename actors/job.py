@@ -12,7 +12,7 @@ from actors.cluster import Cluster, cores, cores_beside
 from actors.learner import fit
 from rporec.config import Config
 from rporec.models.trainable import learner_environment
-from rporec.recipes.rporec import RPORec
+from rporec.recipes import StagedRecipe, load_recipe
 from rporec.run import Run
 
 
@@ -26,8 +26,8 @@ class Job:
     console: Console
 
     @property
-    def recipe(self) -> RPORec:
-        return RPORec(self.run, self.config)
+    def recipe(self) -> StagedRecipe:
+        return load_recipe(self.run, self.config)
 
     def placements(self) -> dict[str, int]:
         """How many places of each role the run takes at once."""

@@ -114,7 +114,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def warmup_loop(spec: dict[str, Any]) -> None:
-    """Supervised warm-up on stored rationales: cross entropy over the completion tokens."""
+    """Supervised warm-up on the recipe's pairs: cross entropy over the completion tokens."""
     run, config = spec["run"], spec["config"]
     run.require_here()
     import torch
@@ -125,12 +125,10 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     from rporec.models.trainable import Trainable, all_sum
     from rporec.recipes import load_recipe
     from rporec.rl.packing import GroupTokens, by_length, plain
-    from rporec.text.rationales import read_rationales
-    from rporec.text.sft import warmup_pairs
 
-    recipe: Any = load_recipe(run, config)
+    recipe = load_recipe(run, config)
     warmup = config.warmup
-    pairs = warmup_pairs(recipe.dataset, read_rationales(run.folder / "rationales"), recipe.writer)
+    pairs = recipe.pairs()
     rank, world = dist.get_rank(), dist.get_world_size()
     share = math.ceil(warmup.batch_size / world)
     accumulation = math.ceil(share / warmup.micro_batch_size)
@@ -308,13 +306,14 @@ def head_loop(spec: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from rporec.recipes import load_recipe
-    from rporec.recipes.head_stage import head_data, train_stage_head
+    from rporec.recipes.head_stage import head_data, history_data, train_stage_head
 
     run: Run = spec["run"]
     run.require_here()
     recipe: Any = load_recipe(run, spec["config"])
     rank, world = dist.get_rank(), dist.get_world_size()
-    data = head_data(recipe, run, spec["stage"])
+    texts = "text" in spec["heads"].values()
+    data = head_data(recipe, run, spec["stage"]) if texts else history_data(recipe)
 
     def progress(record: dict[str, Any]) -> None:
         if rank == 0:

@@ -33,9 +33,9 @@ class RewardWorker:
         scored, metas = self.judge.score(list(batches))
         return (*scored, metas)
 
-    def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]:
-        """Metrics of one greedy completion for each sample."""
-        return self.judge.validate(samples, texts)
+    def validate(self, samples: np.ndarray, written: list[list[dict[str, Any]]]) -> dict[str, float]:
+        """Metrics of what was written for each sample."""
+        return self.judge.validate(samples, written)
 
     def status(self) -> dict[str, Any]:
         node = ray.get_runtime_context().get_node_id()

@@ -22,7 +22,7 @@ import ray
 from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
 from rporec.engine.transfer import engine_gpus
-from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
+from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, Spec, Version
 from rporec.engine.vllm import VllmEngine
 from rporec.engine.vllm_start import engine_environment
 from rporec.engine.weights import Described, FlatWeights, unflatten
@@ -80,7 +80,7 @@ class RolloutWorker:
         self._updating = asyncio.Lock()
 
     @ray.method(num_returns=2)
-    async def generate(self, lease: Lease, spec: SamplingSpec) -> tuple[pa.RecordBatch, GroupMeta]:
+    async def generate(self, lease: Lease, spec: Spec) -> tuple[pa.RecordBatch, GroupMeta]:
         """One group, sampled from the lease's seed: its rows of ROLLOUT_SCHEMA and what they amount to.
 
         Raises ValueError for a prompt that does not fit, GenerationAborted after `abort_all`,
@@ -88,7 +88,7 @@ class RolloutWorker:
         """
         return self._rows(lease, await asyncio.wrap_future(self._submit(lease, spec)))
 
-    async def generate_together(self, leases: Sequence[Lease], spec: SamplingSpec) -> tuple[Any, ...]:
+    async def generate_together(self, leases: Sequence[Lease], spec: Spec) -> tuple[Any, ...]:
         """Groups that start as one batch, in this order, whatever the network did: what the engine computes follows
         from the leases alone. Ray keeps no order among the calls of an actor such as this.
 
@@ -110,7 +110,7 @@ class RolloutWorker:
             metas.append(meta)
         return (*batches, metas)
 
-    def _submit(self, lease: Lease, spec: SamplingSpec) -> Future[list[Generated]]:
+    def _submit(self, lease: Lease, spec: Spec) -> Future[list[Generated]]:
         return self._engine.submit(lease.prompt_ids.tolist(), replace(spec, seed=lease.seed))
 
     def _rows(self, lease: Lease, generated: list[Generated]) -> tuple[pa.RecordBatch, GroupMeta]:
@@ -121,22 +121,17 @@ class RolloutWorker:
         return batch, group_meta(batch)
 
     async def generate_many(
-        self, prompts: Sequence[Sequence[int]], spec: SamplingSpec, seeds: Sequence[int] | None = None
+        self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec]
     ) -> list[list[dict[str, Any]]]:
-        """Per prompt its completions as {"text", "token_ids", "logprobs", "finish_reason"}.
-
-        Prompt i samples from `seeds[i]`; without seeds from `spec.seed` + i, so that callers who
-        split a job over workers pass their own.
-        """
-        seeds = range(spec.seed, spec.seed + len(prompts)) if seeds is None else seeds
+        """Per prompt the completions that its spec asks for, {"text", "item", "token_ids", "logprobs", "finish_reason"}."""
         futures = [
-            asyncio.wrap_future(self._engine.submit(prompt, replace(spec, seed=seed)))
-            for prompt, seed in zip(prompts, seeds, strict=True)
+            asyncio.wrap_future(self._engine.submit(prompt, spec)) for prompt, spec in zip(prompts, specs, strict=True)
         ]
         return [
             [
                 {
                     "text": one.text,
+                    "item": one.item,
                     "token_ids": one.token_ids,
                     "logprobs": one.logprobs,
                     "finish_reason": one.finish_reason,

@@ -21,7 +21,7 @@ from actors import checkpoints
 from actors.controller import Controller
 from actors.steps import Batch
 from rporec.config import Config
-from rporec.engine.types import FIRST_VERSION, Generated, SamplingSpec, Version
+from rporec.engine.types import FIRST_VERSION, Generated, SamplingSpec, Spec, Version
 from rporec.rl.rollout_schema import GroupMeta, Lease, rollout_batch
 from rporec.run import Run
 
@@ -162,7 +162,7 @@ class SimulatedRollout(_Actor):
         self.version = FIRST_VERSION
         self.busy = 0.0  # seconds of generation that were asked for
 
-    def generate(self, lease: Lease, spec: SamplingSpec) -> tuple[Rows, asyncio.Future]:
+    def generate(self, lease: Lease, spec: Spec) -> tuple[Rows, asyncio.Future]:
         first, seconds = self.version, self.latency.draw(self.rng)
         self.busy += seconds
 
@@ -173,9 +173,12 @@ class SimulatedRollout(_Actor):
             rows.meta = GroupMeta(lease.group, TOKENS * self.size, (TOKENS,) * self.size, versions, 1.0)
             return rows.meta
 
-        return rows, self.answer(seconds, finish)
+        return rows, self.write(seconds, finish)
 
-    def generate_together(self, leases: Sequence[Lease], spec: SamplingSpec) -> tuple[Any, ...]:
+    def write(self, seconds: float, value: Callable[[], Any]) -> asyncio.Future:
+        return self.answer(seconds, value)
+
+    def generate_together(self, leases: Sequence[Lease], spec: Spec) -> tuple[Any, ...]:
         rows, metas = zip(*(self.generate(lease, spec) for lease in leases), strict=True)
 
         async def all_of_them() -> list[GroupMeta]:
@@ -183,7 +186,7 @@ class SimulatedRollout(_Actor):
 
         return (*rows, all_of_them())
 
-    def generate_many(self, prompts: Sequence[Any], spec: SamplingSpec) -> asyncio.Future:
+    def generate_many(self, prompts: Sequence[Any], specs: Sequence[Spec]) -> asyncio.Future:
         return self.answer(self.latency.draw(self.rng), lambda: [[{"text": ""}] for _ in prompts])
 
     def update_weights(self, version: Version, flat: Any) -> asyncio.Future:
@@ -208,7 +211,7 @@ class SimulatedReward(_Actor):
         metas = [replace(rows.meta, reward_mean=0.5, reward_std=0.1) for rows in payloads if rows.meta is not None]
         return (*payloads, self.answer(self.latency.draw(self.rng), lambda: metas))
 
-    def validate(self, samples: np.ndarray, texts: list[str]) -> asyncio.Future:
+    def validate(self, samples: np.ndarray, written: Sequence[Any]) -> asyncio.Future:
         return self.answer(self.latency.draw(self.rng), lambda: {"ndcg@10": 0.0, "hr@10": 0.0})
 
 
@@ -293,8 +296,8 @@ class SimulatedRecipe:
     """Samples in an order that follows from the seed; prompts of one token."""
 
     model, context = "", 2 * TOKENS
-    probes: tuple[np.ndarray, ...] = ()
-    validation: tuple[np.ndarray, list[np.ndarray], SamplingSpec] = (np.arange(0), [], SamplingSpec(temperature=0.0))
+    probes: list[np.ndarray] = []  # noqa: RUF012 - nobody adds any
+    validation: tuple[np.ndarray, list[np.ndarray], list[Spec]] = (np.arange(0), [], [])
 
     def __init__(self, seed: int = 0, samples: int = 100_000) -> None:
         self.seed, self.samples = seed, samples

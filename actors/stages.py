@@ -2,7 +2,7 @@
 
     data      raw files (or the embedded world) -> a data set
     warmup    the backbone, the teacher's rationales, supervised warm-up
-    stage1    what the LLM writes for head slice, validation and test; the RecHead
+    stage1    what the LLM writes before RL for the heads and for evaluation; the heads of the recipe
     stage2    asynchronous reinforcement learning (`actors.reinforce`)
     evaluate  what the improved LLM writes for test; the table and the report
 
@@ -29,6 +29,7 @@ from rporec.config import Config
 from rporec.data import build, find_sources, is_built
 from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
+from rporec.recipes import StagedRecipe
 from rporec.recipes.rporec import RPORec
 from rporec.report.live import progress
 from rporec.run import Run
@@ -78,25 +79,30 @@ def prepare_data(run: Run, config: Config, console: Console) -> None:
 
 # --- warm-up ---------------------------------------------------------------------------------
 def warm_up(job: Job) -> None:
-    """Backbone, rationales, supervised warm-up."""
+    """Backbone, rationales where a teacher writes them, supervised warm-up."""
     run, config = job.run, job.config
     with run.stage("warmup") as notes:
         if not run.backbone.exists():
-            _make_backbone(job)
+            job.recipe.make_backbone()
         recipe = job.recipe
         slices = recipe.slices
         notes["samples"] = {name: len(getattr(slices, name)) for name in ("warmup", "head", "rl")}
-        job.console.print(
-            f"samples: {len(slices.warmup):,} for warm-up, {len(slices.head):,} for the head, {len(slices.rl):,} for RL"
-        )
+        shares: list[tuple[Any, str]] = [
+            (slices.warmup, "warm-up"),
+            (slices.head if recipe.heads else [], "the head"),
+            (slices.rl, "RL"),
+        ]
+        listed = ", ".join(f"{len(samples):,} for {purpose}" for samples, purpose in shares if len(samples))
+        job.console.print(f"samples: {listed}")
         if config.warmup.steps == 0:
             return
-        _teach(job, recipe)
+        if isinstance(recipe, RPORec):
+            _teach(job, recipe)
         notes |= _supervise(job, "warmup", config.warmup.steps)
 
 
 def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
-    """Train the backbone on the rationales into `RUN/name/model`; returns what it took."""
+    """Train the backbone on the recipe's pairs into `RUN/name/model`; returns what it took."""
     log = job.run.folder / f"{name}.jsonl"
     log.unlink(missing_ok=True)
     out = job.run.folder / name / "model"
@@ -117,25 +123,6 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
         "training_seconds": round(last["seconds"], 2),
         "cpu_seconds": round(last["cpu_seconds"], 1),
     }
-
-
-def _make_backbone(job: Job) -> None:
-    from rporec.data import Dataset
-    from rporec.models.backbone import load_model, load_tokenizer, make_tiny, save_model
-    from rporec.text.prompt import ItemWriter
-    from rporec.text.teacher import tokenizer_texts
-
-    run, config = job.run, job.config
-    if config.tiny_backbone:
-        writer = ItemWriter(Dataset.load(run.data), config.text)
-        make_tiny(tokenizer_texts(writer), config.tiny, config.seed, run.backbone)
-        return
-    source = Path(config.backbone)
-    if source.is_dir():
-        load_tokenizer(source)  # says in one line what is wrong with it
-        run.backbone.symlink_to(source.absolute(), target_is_directory=True)
-        return
-    save_model(load_model(config.backbone, "bfloat16"), load_tokenizer(config.backbone), run.backbone)
 
 
 def _teach(job: Job, recipe: RPORec) -> None:
@@ -232,22 +219,13 @@ def _teach_by_backbone(
 
 # --- stage 1 ---------------------------------------------------------------------------------
 def train_head_stage(job: Job) -> None:
-    """Completions of the LLM before RL, then the RecHead on those of the head slice."""
+    """Completions of the LLM before RL, then the recipe's heads."""
     run, recipe = job.run, job.recipe
     with run.stage("stage1") as notes:
-        _write_completions(job, recipe, run.warm_model, _head_parts(job, recipe, "stage1"))
-        notes["samples"] = len(recipe.slices.head)
-        notes["validation"] = _train_heads(job, "stage1", {"head": "text", "head_history": "blank"})
-
-
-def _head_parts(job: Job, recipe: RPORec, stage: str) -> list[Part]:
-    """What stage 1 needs an LLM to write: the head slice, validation and test."""
-    run = job.run
-    return [
-        Part(run.completions(stage, "head"), recipe.slices.head, recipe.written_spec()),
-        Part(run.completions(stage, "valid"), recipe.evaluated("valid"), recipe.greedy_spec()),
-        *_test_parts(job, recipe, stage),
-    ]
+        _write_completions(job, recipe, run.warm_model, recipe.parts("stage1"))
+        if recipe.heads:
+            notes["samples"] = len(recipe.slices.head)
+            notes["validation"] = _train_heads(job, "stage1", recipe.heads)
 
 
 def _train_heads(job: Job, stage: str, heads: dict[str, str]) -> dict[str, float]:
@@ -268,15 +246,7 @@ def _train_heads(job: Job, stage: str, heads: dict[str, str]) -> dict[str, float
     return {record["head"]: record["valid_ndcg@10"] for record in read_lines(log) if "valid_ndcg@10" in record}
 
 
-def _test_parts(job: Job, recipe: RPORec, stage: str) -> list[Part]:
-    test, samples = recipe.evaluated("test"), job.config.eval_samples
-    parts = [Part(job.run.completions(stage, "test"), test, recipe.greedy_spec())]
-    if samples:
-        parts.append(Part(job.run.completions(stage, "test_sampled"), test, recipe.sampled_spec(samples)))
-    return parts
-
-
-def _write_completions(job: Job, recipe: RPORec, model: Path, parts: list[Part]) -> None:
+def _write_completions(job: Job, recipe: StagedRecipe, model: Path, parts: list[Part]) -> None:
     if not any(part.missing() for part in parts):
         return
     with RolloutPool(model, job.config, job.cluster, recipe.context, job.generators()) as pool:
@@ -302,7 +272,7 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     with run.stage("evaluate") if over else contextlib.nullcontext():
         if run.best_model.is_dir():
             _forget_earlier_best(run)
-            _write_completions(job, recipe, run.best_model, _test_parts(job, recipe, "stage2"))
+            _write_completions(job, recipe, run.best_model, recipe.parts("stage2"))
         if config.more_warmup and over:
             _more_warmup(job, recipe)
         with progress("ranking", console=job.console) as bar:
@@ -312,7 +282,7 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     return summary
 
 
-def _more_warmup(job: Job, recipe: RPORec) -> None:
+def _more_warmup(job: Job, recipe: StagedRecipe) -> None:
     """The control that RL must beat: its CPU seconds spent on a longer warm-up, and stage 1 after that."""
     run = job.run
     if not (run.folder / "more_warmup" / "model").is_dir():
@@ -321,8 +291,7 @@ def _more_warmup(job: Job, recipe: RPORec) -> None:
         per_step = warmup["cpu_seconds"] / warmup["steps"]
         steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
         _supervise(job, "more_warmup", steps)
-    model, parts = run.folder / "more_warmup" / "model", _head_parts(job, recipe, "more_warmup")
-    _write_completions(job, recipe, model, parts)
+    _write_completions(job, recipe, run.folder / "more_warmup" / "model", recipe.parts("more_warmup"))
     if not run.head("more_warmup/head").is_dir():
         _train_heads(job, "more_warmup", {"more_warmup/head": "text"})
 

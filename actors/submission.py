@@ -6,29 +6,34 @@ Code and config travel with the job; the run folder and the data are where all n
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib.util
 import logging
 import os
 import shlex
 import shutil
 import tempfile
-import uuid
-from collections.abc import Sequence
+import time
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from actors.cluster import last_words
 from rporec.config import Config, ConfigError
+from rporec.run import RunError
 
-PACKAGES = ("rporec", "actors", "serve", "benchmarks")
+PACKAGES = ("rporec", "actors", "serve")
 STOP_SECONDS = 600  # Ray kills a job that is told to stop after 3; a step and its checkpoint take longer
+PATIENCE = 60  # seconds
 
 DETACHED = """detached; the training goes on as job {job}
-  follow   ray job logs --follow --address {address} {job}
-  look     rporec status {run}
-  scale    rporec scale {run} --rollout-workers N   (on a node of the cluster)
-  stop     ray job stop --address {address} {job}   (it finishes its step and writes a checkpoint)"""
+  follow   RAY_AUTH_MODE=token ray job logs --follow --address {address} {job}
+  stop     RAY_AUTH_MODE=token ray job stop --address {address} {job}   (it finishes its step and writes a checkpoint)
+  look     rporec status {run}                        (where {run} is seen;
+  scale    rporec scale {run} --rollout-workers N      on a node of the cluster: ray exec FILE '...')"""
 
 
 def in_job() -> bool:
@@ -36,46 +41,61 @@ def in_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def submit(
-    file: Path, config: Config, run: Path, address: str, words: Sequence[str], console: Console, *, follow: bool = True
-) -> int:
+def submit(file: Path, config: Config, run: Path, address: str, words: Sequence[str], console: Console) -> int:
     """Submit `rporec train FILE WORDS… --run RUN` and show what it says; Ctrl-C leaves it alone. Returns its status.
 
     address: HOST:PORT of Ray or "auto", from a node of the cluster; http://HOST:PORT of its dashboard from anywhere.
-    Raises ConfigError when a job trains this run already, ConnectionError when the cluster does not take the job.
+    Raises ConfigError when a job trains this run already, ConnectionError when the cluster cannot be reached or does
+    not take the job, RunError when the job ended without a word of its own.
     """
-    client = _client(address)
-    for job in client.list_jobs():
-        if not job.status.is_terminal() and (job.metadata or {}).get("run") == str(run):
+    with _told(f"--address {address}: the cluster takes no job"):
+        client = _client(address)
+        job = _name(client, run, address)
+        with tempfile.TemporaryDirectory() as folder:
+            pack(Path(folder), file, config)
+            console.print(f"job {job}; Ctrl-C leaves it alone", highlight=False, soft_wrap=True)
+            _submit(
+                client,
+                entrypoint=shlex.join(["python", "-m", "rporec.cli", "train", file.name, *words, "--run", str(run)]),
+                submission_id=job,
+                runtime_env={"working_dir": folder, "env_vars": _environment(console)},
+                metadata={"run": str(run)},
+            )
+    hints = DETACHED.format(job=job, address=address, run=run)
+    try:
+        with _told(f"--address {address}: lost touch; {hints}"):
+            asyncio.run(_follow(client, job))
+            done = client.get_job_info(job)
+    except KeyboardInterrupt:
+        console.print(f"\n{hints}", highlight=False, markup=False, soft_wrap=True)
+        return 0
+    if done.driver_exit_code is None and done.status != "STOPPED":
+        raise RunError(f"job {job} is {done.status}: {done.message}")
+    return 130 if done.status == "STOPPED" else done.driver_exit_code
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Whatever goes wrong between here and the cluster, as a ConnectionError that says `what`."""
+    from aiohttp import ClientError
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except (RuntimeError, OSError, RayError, ClientError) as error:  # of tokens, sockets, proxies, the server
+        raise ConnectionError(f"{what} ({last_words(error)})") from None
+
+
+def _name(client: Any, run: Path, address: str) -> str:
+    """Of the next job of this run: Ray refuses the same name twice, so of two that come at once one is refused."""
+    earlier = [job for job in client.list_jobs() if (job.metadata or {}).get("run") == str(run)]
+    for job in earlier:
+        if not job.status.is_terminal():
             raise ConfigError(
                 f"{run}: job {job.submission_id} trains it already; `ray job logs --follow "
                 f"--address {address} {job.submission_id}` follows it"
             )
-    name = f"rporec-{run.name}-{uuid.uuid4().hex[:8]}"
-    with tempfile.TemporaryDirectory() as folder:
-        pack(Path(folder), file, config)
-        try:
-            client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "rporec.cli", "train", file.name, *words, "--run", str(run)]),
-                submission_id=name,
-                runtime_env={"working_dir": folder, "env_vars": _environment(console)},
-                metadata={"run": str(run)},
-            )
-        except RuntimeError as error:
-            raise ConnectionError(f"--address {address}: {error}") from None
-    hints = DETACHED.format(job=name, address=address, run=run)
-    console.print(f"job {name}; Ctrl-C leaves it alone", highlight=False, soft_wrap=True)
-    try:
-        asyncio.run(_follow(client, name))
-    except KeyboardInterrupt:
-        console.print(f"\n{hints}", highlight=False, markup=False, soft_wrap=True)
-        return 0
-    except (RuntimeError, OSError) as error:
-        raise ConnectionError(f"--address {address}: lost touch ({error}); {hints}") from None
-    done = client.get_job_info(name)
-    if done.status == "STOPPED":
-        return 130
-    return done.driver_exit_code if done.driver_exit_code is not None else 1
+    return f"rporec-{run.name}-{zlib.crc32(str(run).encode()):08x}-{len(earlier)}"
 
 
 def pack(folder: Path, file: Path, config: Config) -> None:
@@ -109,10 +129,20 @@ def _client(address: str) -> Any:
 
     for quiet in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk", "ray._private.runtime_env"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
-    try:
-        return JobSubmissionClient(address)
-    except RuntimeError as error:
-        raise ConnectionError(f"--address {address}: {error}") from None
+    return JobSubmissionClient(address)
+
+
+def _submit(client: Any, **job: Any) -> None:
+    """Asks again for a while: a head that has just started is there before it takes jobs."""
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            client.submit_job(**job)
+            return
+        except RuntimeError as error:
+            if "try again later" not in str(error) or time.monotonic() > deadline:
+                raise
+        time.sleep(1.0)
 
 
 def _environment(console: Console) -> dict[str, str]:

@@ -1,8 +1,9 @@
-"""Validation: greedy text of one version, ranked by the head; the best version is kept."""
+"""Validation: what one version writes for fixed samples, judged; the best version is kept."""
 
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from ray.exceptions import RayError
 
@@ -38,12 +39,12 @@ class Validation:
         return task
 
     async def _validate(self, version: Version) -> None:
-        """Greedy text for the fixed validation samples under one pinned version, ranked by the head."""
+        """What one pinned version writes for the fixed validation samples, judged."""
         journal, store = self.training.journal, self.training.store
         async with self._one_at_a_time:
             try:
-                texts = await self._greedy(version)
-                result = None if texts is None else await self._ranked(texts)
+                written = await self._write(version)
+                result = None if written is None else await self._judged(written)
                 if result is None or self._undone(version):
                     return
                 record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
@@ -55,9 +56,9 @@ class Validation:
             finally:
                 await store.unpin.remote(version)
 
-    async def _greedy(self, version: Version) -> list[str] | None:
+    async def _write(self, version: Version) -> list[list[dict[str, Any]]] | None:
         """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
-        _, prompts, spec = self.training.recipe.validation
+        _, prompts, specs = self.training.recipe.validation
         while not self._undone(version):
             if not self.staff.rollouts.alive:
                 await asyncio.sleep(1.0)
@@ -67,9 +68,8 @@ class Validation:
                 worker.validating = True
                 try:
                     if not self._undone(version) and await self.weights.load(worker, version):
-                        writing = worker.actor.generate_many.remote(prompts, spec)
-                        rows = await answer(writing, self.config.engine.timeout)
-                        return [row[0]["text"] for row in rows]
+                        writing = worker.actor.generate_many.remote(prompts, specs)
+                        return await answer(writing, self.config.engine.timeout)
                 except (RayError, TimeoutError) as error:
                     if is_death(error):
                         self.staff.lost(worker, error)
@@ -81,13 +81,15 @@ class Validation:
                     self.training.room.set()
         return None
 
-    async def _ranked(self, texts: list[str]) -> dict[str, float]:
+    async def _judged(self, written: list[list[dict[str, Any]]]) -> dict[str, float]:
         samples, _, _ = self.training.recipe.validation
         while True:
             worker = await self.staff.idle_reward()
             worker.running = 1  # one that is to leave finishes this too
             try:
-                return await asyncio.wait_for(worker.actor.validate.remote(samples, texts), self.config.reward.timeout)
+                return await asyncio.wait_for(
+                    worker.actor.validate.remote(samples, written), self.config.reward.timeout
+                )
             except (RayError, TimeoutError) as error:
                 if not isinstance(error, TimeoutError) and not is_death(error):
                     raise
@@ -97,7 +99,7 @@ class Validation:
 
     async def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion
-        if rule.automatic and better(run, ndcg, rule.min_gain):
+        if self.config.recipe == "rporec" and rule.automatic and better(run, ndcg, rule.min_gain):
             try:
                 await asyncio.to_thread(promote, run, str(version), run.best_model, ndcg)
             except (OSError, ConfigError) as error:  # a full disk, say: serving stays behind, training goes on

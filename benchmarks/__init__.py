@@ -1,6 +1,6 @@
 """One file per claim, behind `rporec bench`. Each offers `run()`, which returns `benchmarks.result.result(…)`.
 
-`SHORT`, where a module has it, holds the arguments of a `run` that takes less time: `rporec bench NAME --short`.
+`QUICK`, where a module has it, holds the arguments of a `run` that takes less time: `rporec bench NAME --quick`.
 """
 
 import os

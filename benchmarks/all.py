@@ -2,7 +2,7 @@
 
     rporec bench all [--json]
 
-Twenty minutes on two quiet cores. Each runs as with `--short`: what `SHORT` of its module says, fewer rounds or a
+Twenty minutes on two quiet cores. Each runs as with `--quick`: what `QUICK` of its module says, fewer rounds or a
 smaller size, so its figures scatter more than those of the benchmark by itself. One that fails is reported with its
 last words, and the others run all the same.
 """
@@ -58,7 +58,7 @@ def _alone(name: str) -> dict[str, Any] | str:
     """Its result, or its last words."""
     root = Path(__file__).parent.parent
     here = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "rporec.cli", "bench", name, "--short", "--json"]
+    command = [sys.executable, "-m", "rporec.cli", "bench", name, "--quick", "--json"]
     done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": here}, capture_output=True, text=True)
     try:
         return json.loads(done.stdout.splitlines()[-1])

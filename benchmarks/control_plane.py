@@ -11,26 +11,22 @@ throughput grows with the workers, who waits, what a death costs. Generations ta
 from __future__ import annotations
 
 import asyncio
-import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
-from actors.controller import Controller
-from actors.simulated import Consumed, Latency, SimulatedPlacement, SimulatedRecipe, SimulatedRollout, learn
+from actors.forecast import LONG_TAIL, Measured
+from actors.simulated import Latency
 from actors.simulated import on_virtual_clock as simulated
 from benchmarks import ray_path
 from benchmarks.result import result
 from rporec.config import Config, parse_config
 from rporec.files import read_json
-from rporec.run import Run
 
 SLOTS = 8  # groups that a simulated worker holds at once
-LONG_TAIL = 0.8  # sigma of a log-normal: one generation in a hundred takes five times the mean
 RECORDED = Path(__file__).with_name("generation_seconds.json")
 RAY_BATCH = 16  # groups of a call, against one
 
@@ -49,54 +45,6 @@ def settings(workers: int, groups: int, steps: int, **more: Any) -> Config:
             **more,
         }
     )
-
-
-class Measured:
-    """One training in simulated or real time, and what its learner saw."""
-
-    def __init__(self, config: Config, rollout: Latency, learner: Latency) -> None:
-        self.config, self.learner = config, learner
-        self.placement = SimulatedPlacement(rollout)
-        self.seen: list[Consumed] = []
-        self.seconds = 0.0
-
-    async def run(self, meanwhile: Callable[[Measured], Any] | None = None) -> Measured:
-        with tempfile.TemporaryDirectory() as folder:
-            controller = Controller(Run(Path(folder)), self.config, self.placement, SimulatedRecipe())
-            await controller.start()
-            loop = asyncio.get_running_loop()
-            began = loop.time()
-            beside = asyncio.create_task(meanwhile(self)) if meanwhile else None
-            await learn(controller, self.learner, np.random.default_rng(0), seen=self._note)
-            self.seconds = loop.time() - began
-            if beside is not None:
-                beside.cancel()
-            self.busy = [one.busy for one in self.placement.alive.values() if isinstance(one, SimulatedRollout)]
-            self.queued = controller.ledger.counts()["PENDING"] + len(controller.scoring.written)
-            await controller.stop()
-        return self
-
-    def _note(self, consumed: Consumed) -> None:
-        self.seen.append(consumed)
-
-    @property
-    def groups_per_second(self) -> float:
-        """From the end of the first step on: filling the pipe is no steady state."""
-        rest = self.seen[1:]
-        return len(rest) * self.config.groups_per_step / sum(one.waited + one.trained for one in rest)
-
-    @property
-    def learner_idle(self) -> float:
-        rest = self.seen[1:]
-        return sum(one.waited for one in rest) / sum(one.waited + one.trained for one in rest)
-
-    @property
-    def rollout_idle(self) -> float:
-        return 1 - sum(self.busy) / (self.seconds * SLOTS * self.config.rollout_workers.min)
-
-    @property
-    def staleness(self) -> float:
-        return sum(one.version - one.oldest for one in self.seen) / len(self.seen)
 
 
 def scaling(workers: int, latency: Latency, steps: int = 12) -> Measured:
@@ -173,7 +121,7 @@ def run() -> dict[str, Any]:
     for name, latency in latencies.items():
         measured = balanced(latency)
         ratios[f"learner_idle_{name}"] = round(measured.learner_idle, 4)
-        ratios[f"rollout_idle_{name}"] = round(measured.rollout_idle, 4)
+        ratios[f"rollout_idle_{name}"] = round(measured.rollout_idle(SLOTS), 4)
         ratios[f"staleness_mean_{name}"] = round(measured.staleness, 3)
     before, after = after_a_death()
     ratios["after_killing_1_of_8"] = round(after / before, 4)

@@ -97,7 +97,7 @@ def built(rows: int, kind: str) -> dict[str, float]:
         return json.loads(done.stdout) | {"bytes": size}
 
 
-SHORT = {"rows": 2_000_000, "kinds": ("parquet",)}
+QUICK = {"rows": 2_000_000, "kinds": ("parquet",)}
 
 
 def run(rows: int = ROWS, kinds: Sequence[str] = ("parquet", "csv")) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def _config(count: int) -> Config:
     )
 
 
-SHORT = {"rounds": 3}
+QUICK = {"rounds": 3}
 
 
 def run(rounds: int = ROUNDS) -> dict[str, Any]:

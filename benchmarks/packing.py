@@ -71,7 +71,7 @@ def measure(
     return in_turns(f"{name} parameters", ways, rounds), difference
 
 
-SHORT = {"rounds": 5}
+QUICK = {"rounds": 5}
 
 
 def run(rounds: int = 11) -> dict[str, Any]:

@@ -56,7 +56,7 @@ WORKLOADS = (
 THREADS = (1, 2)  # of TRL
 CORES = 2  # of either side
 ROUNDS, SECONDS = 3, 4.0  # turns of each side; a turn ends with the first step after so many seconds
-SHORT = {"rounds": 2, "seconds": 2.0}
+QUICK = {"rounds": 2, "seconds": 2.0}
 WARMING, PATIENCE = 2, 600.0  # steps before the first turn; seconds for the first of them, and for a turn
 
 

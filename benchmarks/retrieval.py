@@ -93,7 +93,7 @@ def _rss() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
-SHORT = {"size": 200_000}
+QUICK = {"size": 200_000}
 
 
 def run(size: int = 1_000_000) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def _difference(judge: Any, rows: list[pa.RecordBatch]) -> float:
     return float(np.abs(rewards[0] - rewards[1]).max())
 
 
-SHORT = {"rounds": 3}
+QUICK = {"rounds": 3}
 
 
 def run(rounds: int = 9) -> dict[str, Any]:

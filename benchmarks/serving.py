@@ -57,7 +57,7 @@ class Question(BaseModel):
     k: int
 
 
-SHORT = {"rounds": 1}
+QUICK = {"rounds": 1}
 
 
 def run(rounds: int = ROUNDS) -> dict[str, Any]:

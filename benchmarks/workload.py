@@ -115,7 +115,7 @@ class Dealt(RPORec):
         return SamplingSpec(max_tokens=tokens, min_tokens=tokens, n=self.workload.size, seed=seed)
 
     @cached_property
-    def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
+    def validation(self) -> tuple[np.ndarray, list[np.ndarray], list[SamplingSpec]]:
         """RPORec's own, and with it the probes, which a learner has from the config."""
         return RPORec(self.run, self.config).validation
 

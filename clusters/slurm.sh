@@ -36,7 +36,7 @@ srun --nodes=$((${#nodes[@]} - 1)) --ntasks-per-node=1 --overlap --exclude="$hea
 
 # On the head, where the controller must be. Slurm's TERM, 300 s before the time limit, is passed on as Ctrl-C would
 # come: the step under way is finished and a checkpoint written.
-srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" rporec train "$@" --address "$address:$PORT" &
+srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" rporec train "$@" --address "$address:$PORT" --attached &
 training=$!
 trap 'kill -TERM "$training"' TERM
 status=0

@@ -92,7 +92,8 @@ class SshPool(NodeProvider):
         self._shell = shell or Ssh(provider_config.get("auth", {}))
         self._nodes: dict[str, Node] = {}
         self._asked: set[str] = set()  # hosts whose marks have been looked for
-        self._lock = threading.RLock()  # of these two
+        self._leaving: set[str] = set()  # hosts that are being stopped: not to be taken before that is over
+        self._lock = threading.RLock()  # of these three
         self._taking = threading.Lock()  # held for seconds; the autoscaler may read meanwhile
 
     # --- the cluster file --------------------------------------------------------------------
@@ -181,7 +182,7 @@ class SshPool(NodeProvider):
     def _take(self, host: str, tags: dict[str, str]) -> str | None:
         """The id of the new node; None when the host is taken or does not answer."""
         with self._lock:
-            if any(node.host == host for node in self._nodes.values()):
+            if host in self._leaving or any(node.host == host for node in self._nodes.values()):
                 return None
         mark = self._mark(host)
         if mark is None:
@@ -218,11 +219,16 @@ class SshPool(NodeProvider):
         """Stop Ray on the host and free it. One that does not answer is forgotten: its raylet ends without the head."""
         with self._lock:
             node = self._nodes.pop(node_id, None)
-        if node is not None:
-            try:
-                self._shell(node.host, STOP, "")
-            except ConnectionError as error:
-                LOGGER.warning("not stopped: %s", error)
+            if node is None:
+                return {node_id: {}}
+            self._leaving.add(node.host)
+        try:
+            self._shell(node.host, STOP, "")
+        except ConnectionError as error:
+            LOGGER.warning("not stopped: %s", error)
+        finally:
+            with self._lock:
+                self._leaving.discard(node.host)
         return {node_id: {}}
 
     def terminate_nodes(self, node_ids: list[str]) -> dict[str, Any]:

@@ -32,6 +32,7 @@ BENCHMARKS = {
     "reward": "reward",
     "rollout": "rollout",
     "serve": "serving",
+    "trie": "trie",
     "weights": "weights",
 }
 
@@ -172,7 +173,7 @@ def _train(options: argparse.Namespace) -> int:
     address = _address(options, dashboard=True)
     if address is not None and not (options.run and options.run.is_absolute()):
         raise ConfigError("--run: on a cluster an absolute path, on storage that all its nodes see")
-    if address is not None and not submission.in_job():
+    if address is not None and not submission.in_job() and not options.attached:
         words = [*overrides, *(["--resume"] if options.resume else [])]
         words += ["--stages", options.stages] if options.stages else []
         return submission.submit(options.config, config, options.run, address, words, _console())
@@ -278,6 +279,7 @@ def _promote(options: argparse.Namespace) -> None:
     from rporec.promotion import promote_best, roll_back
 
     run = Run.open(options.run)
+    run.require_head("promote")
     chosen = roll_back(run) if options.rollback else promote_best(run)
     print(f"{run.folder}: version {chosen.version} serves")
 
@@ -285,8 +287,9 @@ def _promote(options: argparse.Namespace) -> None:
 def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("stage1", "serve")
-    if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine."))]:
-        raise ConfigError(f"{bad[0]!r}: serving changes keys of serve. and engine. alone; the rest is the run's")
+    run.require_head("serve")
+    if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine.", "device="))]:
+        raise ConfigError(f"{bad[0]!r}: serving changes device and keys of serve. and engine.; the rest is the run's")
     if not 0 < options.port < 2**16:
         raise ConfigError(f"--port {options.port}: a port is between 1 and 65535")
     config = override(run.config(), options.overrides)
@@ -304,7 +307,9 @@ def _report(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     from rporec.export import export_run
 
-    print(export_run(Run.open(options.run), options.out))
+    run = Run.open(options.run)
+    run.require_head("export")
+    print(export_run(run, options.out))
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -324,7 +329,8 @@ def _plan(options: argparse.Namespace) -> int:
         speeds = Speeds(**given)
     elif any(given.values()):
         raise ConfigError("plan: --rollout-seconds and --learner-seconds go together, or --run has the other one")
-    planned = plan(config, pools, speeds)
+    balance = importlib.import_module("actors.forecast").balance if speeds else None
+    planned = plan(config, pools, speeds, balance)
     if options.json:
         print(json.dumps(planned))
     else:
@@ -334,7 +340,7 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> None:
     benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}")
-    result = benchmark.run(**getattr(benchmark, "SHORT", {}) if options.short else {})
+    result = benchmark.run(**getattr(benchmark, "QUICK", {}) if options.quick else {})
     if not options.json:
         for key, value in result["ratios"].items():
             print(f"{key:>36}  {value}")
@@ -418,6 +424,11 @@ def _parser() -> argparse.ArgumentParser:
         help="submit to this Ray cluster: auto or HOST:PORT on a node of it, http://HOST:PORT of its dashboard "
         "(default: start one on this machine)",
     )
+    train.add_argument(
+        "--attached",
+        action="store_true",
+        help="with --address: train from this process, a node's, instead of submitting a job; Ctrl-C ends the training",
+    )
 
     evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
@@ -494,7 +505,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
     bench.add_argument("name", choices=sorted(BENCHMARKS))
     bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
-    bench.add_argument("--short", action="store_true", help="fewer rounds or a smaller size, where it has such")
+    bench.add_argument("--quick", action="store_true", help="fewer rounds or a smaller size, where it has such")
 
     doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
     doctor.add_argument("--address", help="also ask this Ray cluster")

@@ -144,9 +144,24 @@ class RewardConfig(Section):
     timeout: float = Field(120.0, gt=0)  # seconds for one batch
 
 
+class ReReConfig(Section):
+    """`recipe: rere`: what the LLM writes is an item, see `rporec.recipes.rere`."""
+
+    identity: Literal["title", "semantic"] = "title"  # semantic: one code a level, of similar items the same ones
+    levels: int = Field(3, ge=1, le=20)  # semantic: codes of an item, besides one that tells equal ones apart
+    codes: int = Field(64, ge=2)  # semantic: how many there are at each level
+    sampling: Literal["beams", "dynamic"] = "beams"  # dynamic: draw 1.5 G items, keep hits and the most diverse misses
+    rule: float = 1.0  # weights of the reward's terms
+    ranking: float = 1.0
+    semantic: float = 0.0
+    collaborative: float = 0.0  # needs a recommender, which stage 1 then trains
+    eval_beams: int = Field(20, ge=10)  # of validation and test; an item in none of them is a miss
+
+
 class RLConfig(Section):
     lr: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr after its warm-up; cosine: to 0 at the last step
     kl: float = Field(0.05, ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = "grpo"
@@ -232,7 +247,7 @@ class Config(Section):
     backbone: str = "tiny"
     # auto: CUDA where a GPU is there when the run begins; cuda: also where an autoscaler has yet to bring one
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    recipe: Literal["rporec"] = "rporec"
+    recipe: Literal["rporec", "rere"] = "rporec"
     data: DataConfig = DataConfig()
     tiny: TinyConfig = TinyConfig()
     lora: LoraConfig | None = None
@@ -244,6 +259,7 @@ class Config(Section):
     engine: EngineConfig = EngineConfig()
     head: HeadConfig = HeadConfig()
     reward: RewardConfig = RewardConfig()
+    rere: ReReConfig = ReReConfig()
     rl: RLConfig = RLConfig()
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
     promotion: PromotionConfig = PromotionConfig()
@@ -285,6 +301,8 @@ class Config(Section):
     def _contradictions(self) -> Config:
         if self.more_warmup and (self.warmup.steps == 0 or self.steps == 0):
             raise ValueError("more_warmup compares RL with more warm-up; it needs both (steps, warmup.steps)")
+        if self.recipe == "rere":
+            self._check_rere()
         if self.max_staleness > 0 and self.rl.correction == "none":
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":
@@ -300,7 +318,8 @@ class Config(Section):
             )
         if self.teacher.kind == "openai" and not (self.teacher.base_url and self.teacher.model):
             raise ValueError("teacher.kind: openai needs teacher.base_url and teacher.model")
-        if not self.tiny_backbone and self.reward.faithfulness and self.reward.embedder is None:
+        faithful = self.recipe == "rporec" and self.reward.faithfulness
+        if not self.tiny_backbone and faithful and self.reward.embedder is None:
             raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")
         if self.slices.warmup + self.slices.head + self.slices.rl > 1 + 1e-9:
             raise ValueError("slices: warmup + head + rl is more than 1")
@@ -312,6 +331,18 @@ class Config(Section):
         if self.head.dim % self.head.heads:
             raise ValueError("head: dim must divide by heads")
         return self
+
+    def _check_rere(self) -> None:
+        if self.max_staleness:
+            raise ValueError(
+                "recipe: rere needs max_staleness: 0; beams are no samples of the policy, so nothing can correct for "
+                f"older ones (got {self.max_staleness})"
+            )
+        if self.rl.temperature != 1:
+            raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
+        for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
+            if wanted:
+                raise ValueError(f"recipe: rere has no {key}; leave it out")
 
     def _check_tiny(self) -> None:
         shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -159,6 +159,9 @@ class Speeds:
     learner: float
 
 
+Balance = Callable[[Config, Speeds, int], dict[str, float]]
+
+
 def measured(run: Run, learners: int) -> Speeds:
     """From the last steps of a run, finished or not; `learners`: ranks that are planned. ConfigError before its second.
 
@@ -182,24 +185,12 @@ def measured(run: Run, learners: int) -> Speeds:
     )
 
 
-def balance(config: Config, speeds: Speeds, workers: int) -> dict[str, float]:
-    """`{workers, step_seconds, learner_waits, rollout_waits}` with so many rollout workers; waits are shares of time.
-
-    With `max_staleness: 0` the two take turns; else they overlap, and the slower one sets the pace.
-    """
-    write, learn = config.groups_per_step * speeds.rollout / workers, config.groups_per_step * speeds.learner
-    step = write + learn if config.max_staleness == 0 else max(write, learn)
-    return {
-        "workers": workers,
-        "step_seconds": round(step, 4),
-        "learner_waits": round(1 - learn / step, 4),
-        "rollout_waits": round(1 - write / step, 4),
-    }
-
-
 # --- the plan --------------------------------------------------------------------------------
-def plan(config: Config, pools: Pools, speeds: Speeds | None = None) -> dict[str, Any]:
-    """`{cuda, roles, nodes, fits, balance, advice}`, ready for JSON; see docs/cluster.md."""
+def plan(config: Config, pools: Pools, speeds: Speeds | None = None, balance: Balance | None = None) -> dict[str, Any]:
+    """`{cuda, roles, nodes, fits, balance, advice}`, ready for JSON; see docs/cluster.md.
+
+    balance: `actors.forecast.balance`, which needs Ray; without it or speeds there is none in the plan.
+    """
     cuda = config.device == "cuda" or (config.device == "auto" and pools.gpus)
     all_asks = asks(config, cuda=cuda)
     first, begun = place(pools, [(ask, ask.least) for ask in all_asks])
@@ -223,7 +214,7 @@ def plan(config: Config, pools: Pools, speeds: Speeds | None = None) -> dict[str
             "start": all(begun[ask.name] == ask.least for ask in all_asks),
             "full": all(grown[ask.name] == ask.most for ask in all_asks),
         },
-        "balance": [balance(config, speeds, n) for n in workers] if speeds is not None else [],
+        "balance": [balance(config, speeds, n) for n in workers] if speeds and balance else [],
         "advice": [
             *_room(pools, all_asks),
             *_gpus_at_start(config, pools),

@@ -157,6 +157,11 @@ class Run:
                 f"{self.folder}: {command} needs stage {stage}, which has not finished; train with --resume"
             )
 
+    def require_head(self, command: str) -> None:
+        """ConfigError where the run's recipe trains no RecHead to answer by."""
+        if (recipe := self.config().recipe) != "rporec":
+            raise ConfigError(f"{self.folder}: {command} answers by a RecHead, and recipe {recipe} has none")
+
     @contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Time a stage; what the block puts into the yielded dict is kept beside its cost."""
@@ -184,6 +189,7 @@ def read_config(path: Path) -> Config:
 # A resumed run may go on longer or on more machines; what shaped its data and weights stays.
 _MAY_CHANGE = {
     "name",
+    "device",
     "steps",
     "rollout_workers",
     "reward_workers",

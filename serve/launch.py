@@ -55,7 +55,10 @@ def _check_free(host: str, port: int) -> None:
     if client is None:
         return
     if APPLICATION in serve.status().applications:
-        raise ConfigError("this cluster serves a run already; stop that service first, or serve from another cluster")
+        raise ConfigError(
+            "this cluster serves a run already; stop that `rporec serve` first, or its job; if neither is there any "
+            "more, `serve shutdown --yes` on the head"
+        )
     listening = client.http_config
     if (listening.host, listening.port) != (host, port):
         raise ConfigError(

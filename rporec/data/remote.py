@@ -40,9 +40,7 @@ def fetch(url: str, out: Path, progress: Progress) -> None:
                         sink.write(piece)
                         done += len(piece)
                         progress("fetch", done, total)
-    except (ImportError, ValueError) as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{url}: {error}") from None  # a protocol that is unknown, or whose package is missing
-    except OSError as error:
-        raise DataError(f"{url}: cannot be read ({error or type(error).__name__})") from None
+    except DataError:
+        raise
+    except Exception as error:  # each storage has exceptions of its own for credentials, networks and names
+        raise DataError(f"{url}: cannot be read ({str(error) or type(error).__name__})") from None

@@ -18,7 +18,17 @@ import numpy as np
 from rporec.config import EngineConfig
 from rporec.engine.decoder import Decoder
 from rporec.engine.step_loop import StepLoop
-from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
+from rporec.engine.trie import Found, Question, check_room, load_trie, search
+from rporec.engine.types import (
+    FIRST_VERSION,
+    EngineError,
+    Generated,
+    GenerationAborted,
+    ItemSpec,
+    SamplingSpec,
+    Spec,
+    Version,
+)
 from rporec.engine.weights import check_fit
 
 if TYPE_CHECKING:
@@ -43,7 +53,7 @@ class _Row:
 @dataclass(frozen=True, eq=False)
 class _Prompt:
     ids: list[int]
-    spec: SamplingSpec
+    spec: Spec
     future: Future
 
 
@@ -83,7 +93,7 @@ class ReferenceEngine:
         self._loop = StepLoop(name, step=self._step, working=lambda: bool(self._waiting), ended=self._fail_all)
 
     # --- what callers use ----------------------------------------------------------------------
-    def submit(self, prompt_ids: Sequence[int], spec: SamplingSpec) -> Future[list[Generated]]:
+    def submit(self, prompt_ids: Sequence[int], spec: Spec) -> Future[list[Generated]]:
         ids = [int(token) for token in prompt_ids]
         return self._loop.command(lambda future: self._add(_Prompt(ids, spec, future)))
 
@@ -120,18 +130,25 @@ class ReferenceEngine:
     def _add(self, prompt: _Prompt) -> None:
         if not 0 < len(prompt.ids) < self.context:
             raise ValueError(f"a prompt of {len(prompt.ids)} tokens in a context of {self.context}")
+        if isinstance(prompt.spec, ItemSpec):
+            check_room(prompt.ids, load_trie(prompt.spec.trie).depth, self.context)
         self._waiting.append(prompt)
 
     def _step(self) -> None:
         """Write everything that waits, to its end."""
         prompts = list(self._waiting)
-        rows = [self._row(prompt, index) for prompt in prompts for index in range(prompt.spec.n)]
+        texts = [prompt for prompt in prompts if isinstance(prompt.spec, SamplingSpec)]
+        rows = [self._row(prompt, index) for prompt in texts for index in range(prompt.spec.n)]
         for start in range(0, len(rows), self._batch):
             self._generate(rows[start : start + self._batch])
+        found = [self._found(prompt) for prompt in prompts if isinstance(prompt.spec, ItemSpec)]
         self._waiting.clear()  # only now: until here they are `_fail_all`'s if something breaks
-        done = iter(rows)
+        done, items = iter(rows), iter(found)
         for prompt in prompts:
-            prompt.future.set_result([self._generated(next(done)) for _ in range(prompt.spec.n)])
+            if isinstance(prompt.spec, ItemSpec):
+                prompt.future.set_result(next(items))
+            else:
+                prompt.future.set_result([self._generated(next(done)) for _ in range(prompt.spec.n)])
 
     def _fail_all(self, error: EngineError) -> None:
         for prompt in self._waiting:
@@ -143,9 +160,41 @@ class ReferenceEngine:
         self._fail_all(GenerationAborted(f"{self.name}: generation aborted on request"))
         return aborted
 
+    def _found(self, prompt: _Prompt) -> list[Generated]:
+        """The items of a search; each question costs a pass over the prompt."""
+        assert isinstance(prompt.spec, ItemSpec)
+        walk = search(load_trie(prompt.spec.trie), prompt.spec)
+        try:
+            questions = next(walk)
+            while True:
+                questions = walk.send([self._answer(prompt.ids, question) for question in questions])
+        except StopIteration as ended:
+            found: list[Found] = ended.value
+        self._tokens += sum(len(one.token_ids) for one in found)
+        return [
+            Generated(
+                token_ids=one.token_ids,
+                logprobs=one.logprobs,
+                versions=((self.version, 0, len(one.token_ids)),),
+                finish_reason="stop",
+                text=self.decoder.text(one.token_ids.tolist()),
+                item=one.item,
+            )
+            for one in found
+        ]
+
+    def _answer(self, prompt_ids: list[int], question: Question) -> np.ndarray:
+        import torch
+
+        ids = torch.tensor([prompt_ids + question.path.tolist()], device=self._model.device)
+        with torch.no_grad():
+            logprobs = self._model(input_ids=ids).logits[0, -1].float().log_softmax(-1).cpu().numpy()
+        return logprobs[question.tokens]
+
     def _row(self, prompt: _Prompt, index: int) -> _Row:
         import torch
 
+        assert isinstance(prompt.spec, SamplingSpec)
         stop_ids, stop_strings = self.decoder.split_stops(prompt.spec.stop)
         generator = torch.Generator().manual_seed(prompt.spec.base_seed + index)
         limit = min(prompt.spec.max_tokens, self.context - len(prompt.ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -81,6 +81,24 @@ class SamplingSpec:
         return int(np.random.SeedSequence(self.seed).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
+@dataclass(frozen=True)
+class ItemSpec:
+    """How the `n` items that answer one prompt are found in a trie, see `rporec.engine.trie`.
+
+    beams: distinct items, best first; nothing is drawn, so `seed` does not matter. sampled: `n` draws.
+    Fewer than `n` come out of a trie that has no more.
+    """
+
+    trie: str  # a file of `trie.write_sequences`; each process reads it once
+    n: int
+    kind: Literal["beams", "sampled"] = "beams"
+    seed: int = 0
+    exclude: tuple[int, ...] = ()  # items that must not come out
+
+
+Spec = SamplingSpec | ItemSpec
+
+
 @dataclass(frozen=True, eq=False)
 class Generated:
     """One completion. `token_ids` keeps the end-of-sequence token, `text` does not.
@@ -95,14 +113,15 @@ class Generated:
     versions: tuple[tuple[Version, int, int], ...]
     finish_reason: str  # stop | length
     text: str
+    item: int | None = None  # that an `ItemSpec` found; None for free text
 
 
 @runtime_checkable
 class Engine(Protocol):
     version: Version
 
-    def submit(self, prompt_ids: Sequence[int], spec: SamplingSpec) -> Future[list[Generated]]:
-        """The `spec.n` completions of one prompt; ValueError for a prompt that does not fit."""
+    def submit(self, prompt_ids: Sequence[int], spec: Spec) -> Future[list[Generated]]:
+        """The `spec.n` completions of one prompt, free text or items; ValueError for a prompt that does not fit."""
         ...
 
     def score(self, sequences: Sequence[Sequence[int]]) -> Future[list[np.ndarray]]:

@@ -22,7 +22,18 @@ import numpy as np
 from rporec.config import EngineConfig
 from rporec.engine.decoder import Decoder
 from rporec.engine.step_loop import StepLoop, last_words
-from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, SamplingSpec, Version
+from rporec.engine.trie import check_room, load_trie, search
+from rporec.engine.types import (
+    FIRST_VERSION,
+    EngineError,
+    Generated,
+    GenerationAborted,
+    ItemSpec,
+    SamplingSpec,
+    Spec,
+    Version,
+)
+from rporec.engine.vllm_search import VllmSearch
 from rporec.engine.vllm_start import start_llm
 from rporec.engine.weights import Described, check_fit, checkpoint_shapes
 
@@ -79,9 +90,11 @@ class VllmEngine:
         self._loop = StepLoop(name, step=self._step, working=self._core.has_unfinished_requests, ended=self._fail_all)
 
     # --- what callers use ----------------------------------------------------------------------
-    def submit(self, prompt_ids: Sequence[int], spec: SamplingSpec) -> Future[list[Generated]]:
-        """One request of n completions, so that they share the prompt's cache; see `Engine.submit`."""
+    def submit(self, prompt_ids: Sequence[int], spec: Spec) -> Future[list[Generated]]:
+        """One request of n completions, so that they share the prompt's cache, or one search; see `Engine.submit`."""
         ids = [int(token) for token in prompt_ids]
+        if isinstance(spec, ItemSpec):
+            return self._loop.command(lambda future: self._search(future, ids, spec))
         params = self._sampling_params(spec)
         return self._loop.command(lambda future: self._add(future, ids, params, self._completions))
 
@@ -206,6 +219,11 @@ class VllmEngine:
         key = str(self._submitted)
         self._core.add_request(key, {"prompt_token_ids": prompt_ids}, params)
         self._requests[key] = _Request(future, finish, [[(self.version, 0)] for _ in range(params.n)], on_text)
+
+    def _search(self, future: Future, prompt_ids: list[int], spec: ItemSpec) -> None:
+        trie = load_trie(spec.trie)
+        check_room(prompt_ids, trie.depth, self.context)
+        VllmSearch(search(trie, spec), prompt_ids, future, self._add, lambda: self.version, self.decoder.text)
 
     def _add_scoring(self, future: Future, sequences: list[list[int]]) -> None:
         scores: list[np.ndarray] = [np.empty(0, np.float32)] * len(sequences)

@@ -93,6 +93,7 @@ def _of_run(
     from rporec.run import Run
 
     run = Run.open(folder)
+    run.require_head("an environment")
     recipe = RPORec(run, _masking(run.config(), exclude_history))
     if action == "scores":
         return recipe.dataset, recipe.writer, None

@@ -35,6 +35,18 @@ def ranks(scores: np.ndarray, targets: np.ndarray, exclude: Sequence[np.ndarray]
     return result
 
 
+def list_scores(lists: Sequence[Sequence[int]], items: int) -> np.ndarray:
+    """Scores [B, items] of rankings that name their best items only, best first.
+
+    What a list does not name ties below all that it names, so `ranks` gives it the middle of those
+    places: within any cut-off up to the length of the lists, a target that is not named is a miss.
+    """
+    scores = np.zeros((len(lists), items), np.float32)
+    for row, named in zip(scores, lists, strict=True):
+        row[np.asarray(named, np.int64)] = np.arange(len(named), 0, -1)
+    return scores
+
+
 def _chunk_ranks(scores: np.ndarray, targets: np.ndarray, exclude: Sequence[np.ndarray], start: int) -> np.ndarray:
     finite = np.isfinite(scores).all(axis=1)
     if not finite.all():

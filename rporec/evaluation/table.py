@@ -136,12 +136,19 @@ class RankTable:
         columns += [pa.array(samples), pa.array(targets, pa.string()), pa.array(ranks)]
         self._parts.append(pa.Table.from_arrays(columns, schema=SCHEMA))
 
-    def add_scores(self, dataset: Dataset, method: str, samples: np.ndarray, scores: np.ndarray) -> None:
-        """Rank the targets of `samples` [B] by `scores` [B, N] in both conventions and append the rows."""
+    def add_scores(
+        self,
+        dataset: Dataset,
+        method: str,
+        samples: np.ndarray,
+        scores: np.ndarray,
+        conventions: Collection[Convention] = CONVENTIONS,
+    ) -> None:
+        """Rank the targets of `samples` [B] by `scores` [B, N] in both conventions, or in one, and append the rows."""
         targets = dataset.targets(samples)
-        seen = [dataset.seen(int(sample)) for sample in samples]
-        self.add(dataset, method, "exclude_history", samples, ranks(scores, targets, seen))
-        self.add(dataset, method, "all", samples, ranks(scores, targets))
+        for convention in conventions:
+            seen = [dataset.seen(int(sample)) for sample in samples] if convention == "exclude_history" else None
+            self.add(dataset, method, convention, samples, ranks(scores, targets, seen))
 
     def drop(self, methods: Iterable[str]) -> None:
         """Forget these methods, so that they can be evaluated again."""

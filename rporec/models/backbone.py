@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,8 +22,10 @@ logger = logging.getLogger(__name__)
 TINY_PARAMETERS = (1_000_000, 5_000_000)
 
 
-def make_tiny(texts: Iterable[str], config: TinyConfig, seed: int, out: Path | str) -> Path:
+def make_tiny(texts: Iterable[str], config: TinyConfig, seed: int, out: Path | str, tokens: Sequence[str] = ()) -> Path:
     """Write a randomly initialised Qwen3 and a tokenizer fitted to `texts` as a Hugging Face folder.
+
+    `tokens` become tokens of their own.
 
     The number of parameters is, with tied embeddings, V tokens, width d and head width h = d / heads,
 
@@ -35,7 +37,7 @@ def make_tiny(texts: Iterable[str], config: TinyConfig, seed: int, out: Path | s
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
 
-    tokenizer = fit_tokenizer(texts, config.vocabulary)
+    tokenizer = fit_tokenizer(texts, config.vocabulary, tokens)
     tokenizer.model_max_length = config.context
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     shape = Qwen3Config(
@@ -67,6 +69,25 @@ def make_tiny(texts: Iterable[str], config: TinyConfig, seed: int, out: Path | s
         )
     save_model(model, tokenizer, out)
     return Path(out)
+
+
+def bring_backbone(name: str, out: Path, tokens: Sequence[str] = (), seed: int = 0) -> None:
+    """Have the LLM `name`, a folder or hub id, at `out`: linked where it can be, copied where it must be.
+
+    `tokens` that it lacks are added, their embeddings drawn near the mean of the others.
+    """
+    import torch
+
+    if Path(name).is_dir() and not tokens:
+        load_tokenizer(name)  # says in one line what is wrong with it
+        out.symlink_to(Path(name).absolute(), target_is_directory=True)
+        return
+    model, tokenizer = load_model(name, "bfloat16"), load_tokenizer(name)
+    if tokenizer.add_tokens(list(tokens)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+    save_model(model, tokenizer, out)
 
 
 def load_model(

@@ -14,7 +14,7 @@ from rporec.models.experts import Experts, rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead
-from rporec.recipes.rporec import RPORec
+from rporec.recipes import StagedRecipe
 from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
@@ -31,21 +31,28 @@ class HeadData:
         return HeadData(self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
 
 
-def head_data(recipe: RPORec, run: Run, stage: str = "stage1") -> HeadData:
+def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1") -> HeadData:
     """The head slice and validation with what the LLM of `stage` wrote for them."""
     train, targets = _part(recipe, run.completions(stage, "head"))
     valid, valid_targets = _part(recipe, run.completions(stage, "valid"))
     return HeadData(train, targets, valid, valid_targets)
 
 
-def _part(recipe: RPORec, folder: Path) -> tuple[HeadInputs, np.ndarray]:
+def history_data(recipe: StagedRecipe) -> HeadData:
+    """The head slice and validation without any text."""
+    dataset, train, valid = recipe.dataset, recipe.slices.head, recipe.evaluated("valid")
+    train_inputs, valid_inputs = (head_inputs(dataset, samples, None) for samples in (train, valid))
+    return HeadData(train_inputs, dataset.targets(train), valid_inputs, dataset.targets(valid))
+
+
+def _part(recipe: StagedRecipe, folder: Path) -> tuple[HeadInputs, np.ndarray]:
     samples, texts = read_completions(folder)
     return head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)
 
 
 def train_stage_head(
     name: str,
-    recipe: RPORec,
+    recipe: StagedRecipe,
     data: HeadData,
     run: Run,
     *,
@@ -111,7 +118,7 @@ def train_stage_head(
             final.save(run.head(f"{name}_refit"))
 
 
-def final_head(run: Run, recipe: RPORec, name: str) -> RecHead:
+def final_head(run: Run, recipe: StagedRecipe, name: str) -> RecHead:
     """The head that test is scored with: the refitted one where there is one."""
     refit = run.head(f"{name}_refit")
     return RecHead.load(refit if refit.is_dir() else run.head(name), recipe.dataset.catalog)

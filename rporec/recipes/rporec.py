@@ -2,74 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
-from rporec.config import Config
-from rporec.data import Dataset
-from rporec.data.slices import TrainSlices, train_slices
 from rporec.engine.types import SamplingSpec
+from rporec.recipes.base import BaseRecipe
 from rporec.rl.judge import HeadJudge
-from rporec.run import Run
-from rporec.text.prompt import PromptWriter
-
-# Streams of randomness that must not meet: each is (config.seed, stream, …).
-_ORDER, _GROUP, _VALIDATION = 1, 2, 3
-_PROBES, _PROBE_TOKENS = 4, 128  # enough to see wrong weights, little enough to score at every publication
+from rporec.text.completion_store import Part
+from rporec.text.prompt import ItemWriter, PromptWriter
+from rporec.text.sft import Pair, warmup_pairs
 
 
-class RPORec:
+class RPORec(BaseRecipe):
     """Free text in the RPORec format, sampled without truncation, rewarded by a frozen RecHead."""
 
-    def __init__(self, run: Run, config: Config) -> None:
-        self.run, self.config = run, config
-        self.dataset = Dataset.load(run.data)
-        self.model = str(run.warm_model)
-
-    # --- which samples -----------------------------------------------------------------------
-    @cached_property
-    def slices(self) -> TrainSlices:
-        return train_slices(self.dataset.split("train"), self.config)
-
-    def evaluated(self, split: str) -> np.ndarray:
-        """Samples of `valid` or `test`, the newest `max_eval_samples` of them."""
-        samples = self.dataset.split(split)  # type: ignore[arg-type]
-        limit = self.config.max_eval_samples
-        return samples if limit is None else samples[max(0, len(samples) - limit) :]
-
-    def draw(self, number: int) -> tuple[int, int]:
-        epoch, position = divmod(number, len(self.slices.rl))
-        seed = np.random.default_rng([self.config.seed, _GROUP, number]).integers(2**31)
-        return int(self._epoch(epoch)[position]), int(seed)
-
-    @lru_cache(maxsize=2)  # noqa: B019 - a recipe lives as long as its process
-    def _epoch(self, epoch: int) -> np.ndarray:
-        """The RL slice in the order of one pass."""
-        return np.random.default_rng([self.config.seed, _ORDER, epoch]).permutation(self.slices.rl)
+    @property
+    def heads(self) -> dict[str, str]:
+        return {"head": "text", "head_history": "blank"}
 
     # --- how a prompt is written and completions are sampled ---------------------------------
-    @cached_property
-    def context(self) -> int:
-        """Tokens of prompt and completion together."""
-        if self.config.tiny_backbone:
-            return self.config.tiny.context
-        from transformers import AutoConfig
+    def vocabulary(self) -> tuple[list[str], list[str]]:
+        from rporec.text.teacher import tokenizer_texts
 
-        longest = getattr(AutoConfig.from_pretrained(self.model).get_text_config(), "max_position_embeddings", 4096)
-        return min(int(self.config.engine.args.get("max_model_len", 4096)), longest)
+        return tokenizer_texts(ItemWriter(self.dataset, self.config.text)), []
 
     @cached_property
-    def writer(self) -> PromptWriter:
+    def writer(self) -> PromptWriter:  # type: ignore[override]
         from rporec.models.backbone import load_tokenizer
 
         reserve = max(self.config.sampling.max_tokens, self.config.rl_max_tokens)
         tokenizer = load_tokenizer(self.model)
         return PromptWriter(self.dataset, self.config.text, tokenizer, self.config.tiny_backbone, self.context, reserve)
-
-    def prompts(self, samples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
-        return [np.asarray(ids, np.int32) for ids in self.writer.prompts(samples)]
 
     def rollout_spec(self, seed: int) -> SamplingSpec:
         """The full distribution at the RL temperature: truncation would not be the policy's own."""
@@ -103,17 +67,29 @@ class RPORec:
         )
 
     @cached_property
-    def validation(self) -> tuple[np.ndarray, list[np.ndarray], SamplingSpec]:
-        samples = self.evaluated("valid")
-        size = min(len(samples), self.config.rl.validate_samples)
-        chosen = np.random.default_rng([self.config.seed, _VALIDATION]).choice(samples, size, replace=False)
-        chosen.sort()
-        return chosen, self.prompts(chosen), self.greedy_spec()
+    def validation(self) -> tuple[np.ndarray, list[np.ndarray], list[SamplingSpec]]:
+        return self.validated, self.prompts(self.validated), [self.greedy_spec()] * len(self.validated)
 
-    @cached_property
-    def probes(self) -> list[np.ndarray]:
-        _, prompts, _ = self.validation
-        return [prompt[:_PROBE_TOKENS] for prompt in prompts[:_PROBES]]
+    # --- what the stages before and after RL need --------------------------------------------
+    def pairs(self) -> list[Pair]:
+        """The teacher's rationales."""
+        from rporec.text.rationales import read_rationales
+
+        return warmup_pairs(self.dataset, read_rationales(self.run.folder / "rationales"), self.writer)
+
+    def parts(self, stage: str) -> list[Part]:
+        """Test, greedily and sampled; of an LLM that a head is trained for, the head slice and validation too."""
+        completions, test = self.run.completions, self.evaluated("test")
+        parts = []
+        if stage != "stage2":
+            parts += [
+                Part(completions(stage, "head"), self.slices.head, self.written_spec()),
+                Part(completions(stage, "valid"), self.evaluated("valid"), self.greedy_spec()),
+            ]
+        parts.append(Part(completions(stage, "test"), test, self.greedy_spec()))
+        if n := self.config.eval_samples:
+            parts.append(Part(completions(stage, "test_sampled"), test, self.sampled_spec(n)))
+        return parts
 
     # --- how they are rewarded ---------------------------------------------------------------
     def judge(self) -> HeadJudge:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -114,8 +114,9 @@ class HeadJudge:
             custom=self.custom,
         )
 
-    def validate(self, samples: np.ndarray, texts: list[str]) -> dict[str, float]:
-        """NDCG and hit rate at 10 of one completion for each sample, in the headline's convention."""
+    def validate(self, samples: np.ndarray, written: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+        """NDCG and hit rate at 10 of the first completion for each sample, in the headline's convention."""
+        texts = [row[0]["text"] for row in written]
         scores = self.head.scores(head_inputs(self.dataset, samples, texts)).numpy()
         excluded = [self.dataset.seen(int(sample)) for sample in samples]
         exclude = excluded if self.config.data.headline == "exclude_history" else None

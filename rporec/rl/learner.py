@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from rporec.models.trainable import Trainable, all_concatenate, all_sum
 from rporec.rl import losses, rewards
 from rporec.rl.advantages import group_advantages
 from rporec.rl.packing import GroupTokens, by_length, pack, plain
-from rporec.rl.rollout_schema import REWARD_PARTS, ragged, token_versions
+from rporec.rl.rollout_schema import REWARD_PARTS, completions, ragged, token_versions
 
 PARTS = ("wait", "forward", "backward", "publish", "reward", "other")
 
@@ -91,14 +91,13 @@ class Learner:
         groups = config.groups_per_step // world
         self.accumulation = math.ceil(groups / config.rl.micro_batch_groups)
         torch.manual_seed(config.seed)
-        warm = config.rl.warmup_steps
         self.policy = Trainable(
             model,
             config,
             lr=config.rl.lr,
             accumulation=self.accumulation,
             micro_batch=config.rl.micro_batch_groups,
-            schedule=(lambda step: min(1.0, (step + 1) / warm)) if warm else None,
+            schedule=lr_schedule(config),
             grad_clip=config.rl.grad_clip,
             dropout=False,
         )
@@ -285,9 +284,7 @@ class Learner:
         struct = table.column("reward_parts")
         parts = {name: struct.field(name).drop_null().to_numpy() for name in REWARD_PARTS}
         means = {name: float(values.mean()) for name, values in parts.items() if len(values)}
-        answers = {
-            " ".join(text.partition("<answer>")[2].split()).casefold() for text in table.column("text").to_pylist()
-        }
+        answers = {" ".join(one.answer.split()).casefold() for one in completions(table)}
         proximal, behaviour, mask, current = (joined[name] for name in ("proximal", "behaviour", "mask", "current"))
         return {
             "reward_mean": reward.mean().item() if len(reward) else math.nan,
@@ -320,6 +317,18 @@ class Learner:
                 f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
             )
         self.policy.load_checkpoint(folder)
+
+
+def lr_schedule(config: Config) -> Callable[[int], float] | None:
+    """Factor of `rl.lr` at an optimiser step (from 0): a linear rise over `warmup_steps`, then `schedule`; None: 1."""
+    rise, steps = config.rl.warmup_steps, config.steps
+    if config.rl.schedule == "cosine":
+        return lambda step: (step + 1) / rise if step < rise else _cosine((step - rise) / max(1, steps - rise))
+    return (lambda step: min(1.0, (step + 1) / rise)) if rise else None
+
+
+def _cosine(done: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _group_tokens(group: pa.RecordBatch) -> GroupTokens:

@@ -19,11 +19,12 @@ import pyarrow.parquet as pq
 
 from rporec.engine.types import Generated, Version
 from rporec.files import replacing
+from rporec.rl import item_rewards
 from rporec.rl.rewards import Scored, flat_groups
-from rporec.text.completion import TAGS, Completion, cot_token_span, parse
+from rporec.text.completion import TAGS, Completion, answer_alone, cot_token_span, parse
 
 PARTS = ("pre", "cot", "mid", "answer", "post")
-REWARD_PARTS = ("format", "outside", "ndcg", "conciseness", "faithfulness", "custom")
+REWARD_PARTS = ("format", "outside", "ndcg", "conciseness", "faithfulness", "custom", *item_rewards.TERMS)
 
 _SPAN = pa.struct([pa.field("start", pa.int32(), False), pa.field("end", pa.int32(), False)])
 _VERSIONS = pa.struct([pa.field(name, pa.int32(), False) for name in ("attempt", "number", "start", "end")])
@@ -43,6 +44,7 @@ ROLLOUT_SCHEMA = pa.schema(
         pa.field("logprobs", _list(pa.float32()), False),  # of the behaviour policy, one per completion token
         pa.field("versions", _list(_VERSIONS), False),  # token spans that tile [0, len(completion_ids))
         pa.field("text", pa.string(), False),
+        pa.field("item", pa.int64()),  # that a search of the catalogue found; null for free text
         pa.field("spans", pa.struct([pa.field(part, _SPAN, False) for part in PARTS]), False),  # characters of `text`
         pa.field("cot_tokens", _SPAN, False),  # tokens inside the CoT
         pa.field("format", pa.int8(), False),
@@ -116,13 +118,15 @@ def rollout_batch(lease: Lease, generated: Sequence[Generated], pieces: Sequence
         _check_tiling(lease.group, index, one.versions, tokens)
     if not any(len(one.token_ids) for one in generated):
         raise ValueError(f"group {lease.group}: no completion has a token")
-    completions = [parse(one.text) for one in generated]
+    completions = [parse(one.text) if one.item is None else answer_alone(one.text) for one in generated]
     size = len(generated)
     versions = [
         [{"attempt": v.attempt, "number": v.number, "start": start, "end": end} for v, start, end in one.versions]
         for one in generated
     ]
-    cot_tokens = [cot_token_span(texts) for texts in pieces]
+    cot_tokens = [
+        cot_token_span(texts) if one.item is None else (0, 0) for one, texts in zip(generated, pieces, strict=True)
+    ]
     columns: dict[str, Any] = {
         "group": np.full(size, lease.group, np.int64),
         "sample": np.full(size, lease.sample, np.int64),
@@ -132,6 +136,7 @@ def rollout_batch(lease: Lease, generated: Sequence[Generated], pieces: Sequence
         "logprobs": _ragged([one.logprobs for one in generated], np.float32),
         "versions": versions,
         "text": [one.text for one in generated],
+        "item": [one.item for one in generated],
         "spans": [text_spans(completion) for completion in completions],
         "cot_tokens": [{"start": start, "end": end} for start, end in cot_tokens],
         "format": np.array([completion.format for completion in completions], np.int8),
@@ -256,9 +261,10 @@ def group_meta(batch: pa.RecordBatch, gaming: Mapping[str, float] | None = None)
 
 def text_spans(completion: Completion) -> dict[str, dict[str, int]]:
     """Character offsets of the five parts in the text; a part that is "" has an empty span."""
-    if not completion.format:
+    if not completion.format or completion.answer == completion.text:
+        alone = "answer" if completion.format else "cot"
         whole = {"start": 0, "end": len(completion.text)}
-        return {part: whole if part == "cot" else {"start": 0, "end": 0} for part in PARTS}
+        return {part: whole if part == alone else {"start": 0, "end": 0} for part in PARTS}
     spans, cursor = {}, 0
     for part, tag in zip(PARTS, ("", *TAGS), strict=True):
         start = cursor + len(tag)

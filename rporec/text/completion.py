@@ -20,7 +20,8 @@ TAGS = THINK, THINK_END, ANSWER, ANSWER_END = ("<think>", "</think>", "<answer>"
 
 @dataclass(frozen=True)
 class Completion:
-    """`text` and its pieces; they rejoin to it with the tags between (format 1) or as `cot` alone (format 0)."""
+    """`text` and its pieces. They rejoin to it with the tags between (format 1), or as `cot` alone (format 0); of
+    `answer_alone` as `answer`."""
 
     text: str
     pre: str
@@ -46,6 +47,11 @@ def parse(text: str) -> Completion:
     mid, rest = rest.split(ANSWER)
     answer, post = rest.split(ANSWER_END)
     return Completion(text, pre, cot, mid, answer, post, format=1)
+
+
+def answer_alone(text: str) -> Completion:
+    """A completion that is nothing but an answer, well formed without tags."""
+    return Completion(text, pre="", cot="", mid="", answer=text, post="", format=1)
 
 
 def cot_token_span(pieces: Sequence[str]) -> tuple[int, int]:

@@ -6,7 +6,7 @@ so which worker writes it, and in which attempt, does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rporec.config import ConfigError
-from rporec.engine.types import SamplingSpec
+from rporec.engine.types import ItemSpec, Spec
 from rporec.files import replacing
 
 SHARD = 128  # prompts
@@ -26,6 +26,7 @@ SCHEMA = pa.schema(
         pa.field("sample", pa.int64(), nullable=False),
         pa.field("index", pa.int16(), nullable=False),  # of the completion among those of its sample
         pa.field("text", pa.string(), nullable=False),
+        pa.field("item", pa.int64()),  # of the catalogue; null for free text
         pa.field("tokens", pa.int32(), nullable=False),
         pa.field("finish_reason", pa.string(), nullable=False),
     ]
@@ -34,11 +35,15 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Part:
-    """Completions that belong together: one prompt a sample, `spec.n` completions a prompt."""
+    """Completions that belong together: one prompt a sample, `spec.n` completions a prompt.
+
+    exclude: the items that must not come out for a sample, where `spec` finds items.
+    """
 
     folder: Path
     samples: np.ndarray  # int64 [n]
-    spec: SamplingSpec
+    spec: Spec
+    exclude: Callable[[int], tuple[int, ...]] | None = None
 
     @property
     def shards(self) -> int:
@@ -48,8 +53,15 @@ class Part:
         """Samples of one shard."""
         return self.samples[number * SHARD : (number + 1) * SHARD]
 
-    def shard_spec(self, number: int) -> SamplingSpec:
-        return replace(self.spec, seed=self.spec.seed * 1_000_003 + number * SHARD)
+    def specs(self, number: int) -> list[Spec]:
+        """Of each sample of a shard, seeds one after the other."""
+        first = self.spec.seed * 1_000_003 + number * SHARD
+        return [self._spec(sample, first + at) for at, sample in enumerate(self.shard(number).tolist())]
+
+    def _spec(self, sample: int, seed: int) -> Spec:
+        if isinstance(self.spec, ItemSpec) and self.exclude is not None:
+            return replace(self.spec, seed=seed, exclude=self.exclude(sample))
+        return replace(self.spec, seed=seed)
 
     def missing(self) -> list[int]:
         return [number for number in range(self.shards) if not self._path(number).exists()]
@@ -61,6 +73,7 @@ class Part:
                 "sample": int(sample),
                 "index": index,
                 "text": one["text"],
+                "item": one["item"],
                 "tokens": len(one["token_ids"]),
                 "finish_reason": one["finish_reason"],
             }
@@ -80,8 +93,20 @@ def read_completions(folder: Path) -> tuple[np.ndarray, list[str]]:
 
     Raises ConfigError when nothing was written there.
     """
+    table = _read(folder)
+    return table["sample"].to_numpy(), table["text"].to_pylist()
+
+
+def read_items(folder: Path) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(sample numbers, the items found for each, best first) of a part; errors as of `read_completions`."""
+    table = _read(folder)
+    samples = table["sample"].to_numpy()
+    first = np.flatnonzero(table["index"].to_numpy() == 0)
+    return samples[first], np.split(table["item"].to_numpy(), first[1:])
+
+
+def _read(folder: Path) -> pa.Table:
     paths = sorted(folder.glob("shard-*.parquet"))
     if not paths:
         raise ConfigError(f"{folder}: no completions here; train the stage that writes them (--resume)")
-    table = pa.concat_tables([pq.read_table(path) for path in paths])
-    return table["sample"].to_numpy(), table["text"].to_pylist()
+    return pa.concat_tables([pq.read_table(path) for path in paths])

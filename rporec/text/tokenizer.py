@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 PAD, EOS = "<pad>", "<eos>"
 
 
-def fit_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `vocabulary` tokens (at least 262: bytes, tags, pad and eos).
+def fit_tokenizer(texts: Iterable[str], vocabulary: int, tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `vocabulary` tokens (at least 262: bytes, tags, pad and eos; more with `tokens`).
 
     Words keep their leading blank and numbers stay whole; merges go by frequency in `texts`, so a
     word that is frequent there becomes one token, and with room left every word does. Any text
     encodes and decodes to itself. The four tags are single tokens, not special ones, because
-    special tokens vanish when completions are decoded. The same texts, in any order, give the same
+    special tokens vanish when completions are decoded; so are further `tokens`. The same texts, in any order, give the same
     tokenizer.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -28,14 +28,15 @@ def fit_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerF
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    whole = [*TAGS, *tokens]
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - len(TAGS),
+        vocab_size=vocabulary - len(whole),
         special_tokens=[PAD, EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in TAGS])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in whole])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, clean_up_tokenization_spaces=False
     )

@@ -98,6 +98,26 @@ def test_batches_give_the_rewards_of_one_completion_at_a_time() -> None:
     assert difference < 1e-6
 
 
+TRIE_IN_ITS_OWN_PROCESS = """
+import json
+from benchmarks import trie
+from rporec.config import TinyConfig
+
+shape = TinyConfig(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300, context=128)
+found, same = trie.measure(shape, items=50, prompts=3, beams=4, lengths=(20, 60, 40), rounds=1)
+print(json.dumps([found.median("cpu"), same]))
+"""
+
+
+@pytest.mark.engine
+def test_beams_and_generate_find_the_same_items() -> None:
+    done = subprocess.run([sys.executable, "-c", TRIE_IN_ITS_OWN_PROCESS], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds, same = json.loads(done.stdout.splitlines()[-1])
+    assert set(seconds) == {"trie", "generate", "trie_long", "trie_shared"}
+    assert same == 1  # items of one length, so that neither ends one before the other
+
+
 def test_recorded_latencies_are_multiples_of_their_mean_and_drive_the_controller() -> None:
     latency = control_plane.recorded()
     assert len(latency.recorded) >= 100

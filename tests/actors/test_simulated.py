@@ -324,9 +324,9 @@ def test_on_policy_groups_wait_for_the_validation_of_their_version(tmp_path: Pat
     open_validations, started = [0], [0]
 
     class Watched(SimulatedRollout):
-        def generate_many(self, prompts: Any, spec: Any) -> Any:
+        def generate_many(self, prompts: Any, specs: Any) -> Any:
             open_validations[0] += 1
-            writing = super().generate_many(prompts, spec)
+            writing = super().generate_many(prompts, specs)
             writing.add_done_callback(lambda _: open_validations.__setitem__(0, open_validations[0] - 1))
             return writing
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -33,22 +34,37 @@ CONFIG = {
     "warmup": {"steps": 1_000_000},  # until it is stopped
     "reward": {"custom": "mine:score"},
 }
-OWN_REWARD = "def score(completions, targets, rank):\n    return rank * 0\n"
+# Read in the job alone, so it also sees whether the job runs what was sent.
+OWN_REWARD = """
+import rporec, actors
+assert "runtime_resources" in rporec.__file__ and "runtime_resources" in actors.__file__
+
+def score(completions, targets, rank):
+    return rank * 0
+"""
 
 
 @pytest.fixture(scope="module")
 def cluster():
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={
-            "num_cpus": 2,
-            "include_dashboard": True,  # it takes jobs
-            "resources": {"learner": 1, "rollout": 1, "reward": 1},
-            "object_store_memory": 200 * 2**20,
-        },
-    )
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        port, agent_port = one.getsockname()[1], other.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{sys.prefix}/bin:{os.environ['PATH']}")  # the nodes' `python` is the one with Ray
+        cluster = Cluster(
+            initialize_head=True,
+            head_node_args={
+                "num_cpus": 2,
+                "include_dashboard": True,  # it takes jobs
+                "dashboard_port": port,
+                "dashboard_agent_listen_port": agent_port,
+                "resources": {"learner": 1, "rollout": 1, "reward": 1},
+                "object_store_memory": 200 * 2**20,
+            },
+        )
     yield cluster
     cluster.shutdown()
 

@@ -19,7 +19,7 @@ def cluster():
         initialize_head=True,
         head_node_args={
             "num_cpus": 4,
-            "include_dashboard": True,  # it takes the training as a job
+            "include_dashboard": False,
             "resources": {"learner": 1, "rollout": 1, "reward": 1},
             "object_store_memory": 200 * 2**20,
             "_system_config": STORED,
@@ -35,7 +35,7 @@ def test_a_lost_node_takes_no_group_with_it(stage2, cluster) -> None:
             num_cpus=2, resources={"rollout": 1, "reward": 1}, object_store_memory=200 * 2**20, wait=True
         )
 
-    run = stage2("steps=150", "rollout_workers=2", "reward_workers=2", "--address", cluster.address)
+    run = stage2("steps=150", "rollout_workers=2", "reward_workers=2", "--address", cluster.address, "--attached")
     run.wait(lambda status: status["actors"] != [])  # the command and its controller are on the first node
     node = add()
     status = run.at_step(3)

@@ -113,10 +113,14 @@ class Hosts:
         words = ["ssh", *options, "-i", self.key, f"root@{self.address(index)}", command]
         return subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, timeout=60).stdout
 
-    def ray_processes(self, index: int) -> list[str]:
-        """Command lines of Ray's processes there: its own programs, its Python services, its workers."""
+    def processes(self, index: int) -> list[str]:
+        """Command lines of all processes there, sorted, but for those of a login."""
         lines = self.shell(index, "ps -eo args=").splitlines()
-        return [line for line in lines if line.startswith("ray::") or "/site-packages/ray/" in line]
+        return sorted(line for line in lines if not line.startswith(("sshd:", "sshd-session:", "ps -eo", "sleep ")))
+
+    def ray_processes(self, index: int) -> list[str]:
+        """Of these Ray's: its own programs, its Python services, its workers."""
+        return [line for line in self.processes(index) if line.startswith("ray::") or "/site-packages/ray/" in line]
 
 
 def interpreter_folders() -> list[Path]:

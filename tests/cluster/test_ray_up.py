@@ -29,6 +29,7 @@ ROOT = Path(__file__).parents[2]
 HEAD, LEARNER, ROLLOUT, SECOND, REWARD, SERVE = range(6)
 TYPES = {HEAD: "head", LEARNER: "learner", ROLLOUT: "rollout", SECOND: "rollout", REWARD: "reward", SERVE: "serve"}
 GROUPS = 8
+NOTHING = {"state": "", "step": 0, "actors": [], "deaths": []}  # before stage 2
 CONFIG = f"""
 name: demo
 data: {{window: 8, synthetic: {{users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}}}
@@ -66,14 +67,13 @@ class User:
         self.typed.append(command)
         names = {
             "clusters/ssh.yaml": str(self.hosts.folder / "ssh.yaml"),
-            "configs/demo.yaml": str(self.hosts.folder / "demo.yaml"),
+            "configs/demo.yaml": str(self.shared / "demo.yaml"),  # where the head sees it too
             "/shared": str(self.shared),
             "8265": str(self.port),
             "10.0.0.10": self.hosts.address(HEAD),
             "JOB": self.job,
         }
-        for name, mine in names.items():
-            command = command.replace(name, mine)
+        command = re.sub("|".join(map(re.escape, names)), lambda name: names[name[0]], command)
         home = self.hosts.folder / "home"
         environment = {
             **os.environ,
@@ -102,7 +102,7 @@ class User:
     def wait(self, until, what: str, seconds: float = 300.0) -> dict:
         """The first status for which `until` holds."""
         deadline = time.monotonic() + seconds
-        while not ((status := self.status) and until(status)):
+        while not until(status := self.status or NOTHING):
             if time.monotonic() > deadline:
                 log = self.hosts.shell(HEAD, "tail -n 40 /tmp/ray/session_latest/logs/monitor.log")
                 pytest.fail(f"{what}: not within {seconds:.0f} s\n{json.dumps(status, indent=1)[:3000]}\n{log}")
@@ -122,7 +122,7 @@ def user(tmp_path_factory):
         for index in TYPES:
             hosts.start(index)
         (folder / "ssh.yaml").write_text(yaml.safe_dump(_settings(hosts)))
-        (folder / "demo.yaml").write_text(CONFIG)
+        (shared / "demo.yaml").write_text(CONFIG)
         (folder / "home").mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -150,6 +150,7 @@ def test_a_training_on_hosts_of_its_own(user, step):
     hosts = user.hosts
 
     with step("ray up", "the head answers; its dashboard is on loopback and wants a token; no other node yet"):
+        before = {index: hosts.processes(index) for index in TYPES}
         user("ray get-auth-token --generate")
         user("ray up --yes clusters/ssh.yaml")
         assert_guarded(hosts)
@@ -160,8 +161,13 @@ def test_a_training_on_hosts_of_its_own(user, step):
     with step("rporec train --address", "code and config travel; each role on a host of its own; Ctrl-C detaches"):
         train = user.start("rporec train configs/demo.yaml --run /shared/runs/demo --address http://127.0.0.1:8265")
         try:
-            status = user.wait(lambda status: status["state"] == "RUNNING" and status["step"] >= 2, "stage 2", 600)
-        except pytest.fail.Exception as error:
+            status = user.wait(
+                lambda status: train.poll() is not None or (status["state"] == "RUNNING" and status["step"] >= 2),
+                "stage 2",
+                600,
+            )
+            assert train.poll() is None
+        except (AssertionError, pytest.fail.Exception) as error:
             train.terminate()
             pytest.fail(f"{error}\n{train.communicate()[0][-4000:]}")
         train.send_signal(signal.SIGINT)
@@ -191,14 +197,17 @@ def test_a_training_on_hosts_of_its_own(user, step):
         hosts.start(SECOND)
         user.wait(lambda status: len(set(alive(status, "rollout"))) == 2, "a worker on the host that is back")
 
-    with step("a rollout host is cut off for 20 s", "the run goes on meanwhile, with both workers after it"):
+    with step("a rollout host is cut off for 20 s", "the run goes on meanwhile; the worker there writes on after it"):
+        deaths = len(user.status["deaths"])
         hosts.cut(SECOND)
         begun = time.monotonic()
         user.goes_on(2)
         time.sleep(max(0.0, begun + 20 - time.monotonic()))
         hosts.join(SECOND)
-        user.wait(lambda status: len(set(alive(status, "rollout"))) == 2, "both workers")
+        worked = cpu_seconds(hosts, SECOND, "RolloutWorker")
         user.goes_on(3)
+        wait(lambda: cpu_seconds(hosts, SECOND, "RolloutWorker") >= worked + 2, 60, "the worker there works")
+        assert len(user.status["deaths"]) == deaths
 
     with step("rporec scale --rollout-workers 1", "the worker finishes and leaves, then its host"):
         user("ray exec clusters/ssh.yaml 'rporec scale /shared/runs/demo --rollout-workers 1'")
@@ -212,22 +221,28 @@ def test_a_training_on_hosts_of_its_own(user, step):
         status = user.status
         assert status["state"] == "STOPPED"
         assert_whole(user.run, status)
+        assert (user.run / f"checkpoints/step_{status['step']}").is_dir()
 
-    with step("rporec train --resume", "from that checkpoint to its end, the table and the report"):
+    with step("ray job submit … --resume", "from that checkpoint to its end, the table and the report"):
         more = status["step"] + 3
-        (user.hosts.folder / "demo.yaml").write_text(CONFIG.replace("steps: 100000 ", f"steps: {more} "))
+        (user.shared / "demo.yaml").write_text(CONFIG.replace("steps: 100000 ", f"steps: {more} "))
         said = user(
-            "rporec train configs/demo.yaml --run /shared/runs/demo --address http://127.0.0.1:8265 --resume", 300
+            "ray job submit --address http://127.0.0.1:8265 --working-dir . -- "
+            "rporec train configs/demo.yaml --run /shared/runs/demo --resume",
+            300,
         )
         assert "rporec_stage2" in said
         assert_whole(user.run, user.status)
         assert user.status["step"] == more
         assert (user.run / "report.html").exists()
 
-    with step("rporec serve", "asked from outside the cluster: a token is wanted, and items with reasons come back"):
-        (user.shared / "token").write_text("a token for this test\n")
+    with step(
+        "rporec serve",
+        "asked from outside: a token is wanted, items with reasons come back; once stopped its port is closed",
+    ):
+        user("(umask 077; openssl rand -hex 32 > /shared/token)")
         user(
-            "ray job submit --no-wait --address http://127.0.0.1:8265 -- "
+            "ray job submit --submission-id serving --no-wait --address http://127.0.0.1:8265 -- "
             "rporec serve /shared/runs/demo --host 0.0.0.0 serve.token_file=/shared/token"
         )
         wait(lambda: ready(f"http://{hosts.address(HEAD)}:8000/readyz"), 180, "the service")
@@ -239,15 +254,29 @@ def test_a_training_on_hosts_of_its_own(user, step):
         assert answer["fallback"] is None
         assert len(answer["items"]) == 3
         assert answer["cot"]
+        user("ray job stop --address http://127.0.0.1:8265 serving")
+        assert not answers(hosts.address(HEAD), 8000)
 
-    with step("ray down", "no process of Ray is left on any host"):
+    with step("ray down", "every host has the processes that it had before, and no more"):
         tunnel.terminate()
         user("ray down --yes clusters/ssh.yaml")
-        for index in TYPES:
-            assert hosts.ray_processes(index) == []
+        assert {index: hosts.processes(index) for index in TYPES} == before
 
-    readme = (ROOT / "README.md").read_text()
-    assert [command for command in user.typed if command not in readme] == []
+    assert set(user.typed) == readme_commands()
+
+
+def readme_commands() -> set[str]:
+    """Those of the section "A cluster", but for the setting of a variable, which every command here has."""
+    section = (ROOT / "README.md").read_text().partition("## A cluster\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
+    lines = [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
+    return {line for line in lines if not line.startswith("export ")}
+
+
+def cpu_seconds(hosts: Hosts, index: int, name: str) -> int:
+    """Of the processes on a host whose command has `name` in it."""
+    lines = hosts.shell(index, "ps -eo cputimes=,args=").splitlines()
+    return sum(int(line.split()[0]) for line in lines if name in line)
 
 
 def assert_guarded(hosts):

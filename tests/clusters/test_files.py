@@ -314,7 +314,9 @@ def test_slurm_starts_roles_on_their_nodes_and_trains_on_the_head(slurm, tmp_pat
     assert json.loads(re.search(r"--resources=(.*)", workers)[1]) == {"rollout": 4}
     assert "--address=10.0.0.1:6379" in workers
     assert re.search(r"^srun --nodes=2 .*--exclude=n1 ray start", calls, re.M)
-    assert re.search(r"^srun .*--nodelist=n1 rporec train c.yaml learners=4 --address 10.0.0.1:6379$", calls, re.M)
+    assert re.search(
+        r"^srun .*--nodelist=n1 rporec train c.yaml learners=4 --address 10.0.0.1:6379 --attached$", calls, re.M
+    )
 
 
 def test_slurm_lets_a_training_end_in_order_when_the_time_is_up(slurm, tmp_path):

@@ -70,6 +70,25 @@ def test_nodes_get_hosts_of_their_type_and_no_more_than_there_are(hosts):
     assert len(provider.non_terminated_nodes({TAG_RAY_USER_NODE_TYPE: "rollout"})) == 2
 
 
+def test_a_host_is_not_taken_before_it_has_been_stopped(hosts):
+    provider = pool(hosts)
+    take(provider, "learner")
+    (node,) = provider.non_terminated_nodes({})
+    run, refused = hosts.__call__, []
+
+    def meanwhile(host, command, text):  # another thread of the autoscaler looks for a host
+        if "ray stop" in command:
+            with pytest.raises(NodeLaunchException):
+                take(provider, "learner")
+            refused.append(host)
+        return run(host, command, text)
+
+    provider._shell = meanwhile
+    provider.terminate_node(node)
+    assert refused == ["l1"]
+    assert take(provider, "learner") == ["l1"]
+
+
 def test_dead_hosts_are_passed_over_and_those_that_answer_are_taken_all_the_same(hosts):
     hosts.dead.add("r-1")
     provider = pool(hosts)

@@ -76,7 +76,7 @@ def test_bulk_generation_goes_on_when_its_worker_is_lost(cluster, worker, tiny_m
     again = [
         completions[0]["text"]
         for number in range(3)
-        for completions in ray.get(worker.generate_many.remote(prompts(part.shard(number)), part.shard_spec(number)))
+        for completions in ray.get(worker.generate_many.remote(prompts(part.shard(number)), part.specs(number)))
     ]
     assert texts == again
 
@@ -118,13 +118,14 @@ def test_a_seed_in_the_lease_reproduces_the_group(worker):
     assert tokens(3) == tokens(3) != tokens(4)
 
 
-def test_bulk_generation_seeds_its_prompts_one_after_the_other(worker):
+def test_bulk_generation_gives_each_prompt_what_its_spec_asks_for(worker):
     prompts = [PROMPT.tolist(), PROMPT.tolist(), PROMPT[:9].tolist()]
-    rows = ray.get(worker.generate_many.remote(prompts, SamplingSpec(max_tokens=8, n=2, seed=5, stop=())))
-    assert [len(row) for row in rows] == [2, 2, 2]
+    specs = [SamplingSpec(max_tokens=8, n=n, seed=seed, stop=()) for n, seed in ((2, 5), (2, 6), (3, 7))]
+    rows = ray.get(worker.generate_many.remote(prompts, specs))
+    assert [len(row) for row in rows] == [2, 2, 3]
     assert all(1 <= len(one["token_ids"]) <= 8 for row in rows for one in row)  # eos may come early
     assert rows[0][0]["text"] != rows[1][0]["text"]
-    [again] = ray.get(worker.generate_many.remote(prompts[:1], SamplingSpec(max_tokens=8, n=2, stop=()), seeds=[6]))
+    [again] = ray.get(worker.generate_many.remote(prompts[:1], specs[1:2]))
     assert [one["text"] for one in again] == [one["text"] for one in rows[1]]
 
 

@@ -21,6 +21,15 @@ REFUSED = {
     "no section": ({"rl": 3}, "rl: a section with keys, such as lr"),
     "empty section": ({"rl": None}, "rl: a section with keys, such as lr"),
     "off-policy without correction": ({"max_staleness": 2, "rl": {"correction": "none"}}, "rl.correction: none needs"),
+    "beams of older weights": ({"recipe": "rere"}, "recipe: rere needs max_staleness: 0; beams are no samples"),
+    "tempered beams": (
+        {"recipe": "rere", "max_staleness": 0, "rl": {"temperature": 0.7}},
+        "recipe: rere needs rl.temperature: 1",
+    ),
+    "a control of another recipe": (
+        {"recipe": "rere", "max_staleness": 0, "more_warmup": True},
+        "recipe: rere has no more_warmup",
+    ),
     "masks of tokens in a loss of sequences": (
         {"rl": {"loss": "gspo", "correction": "icepop"}},
         "rl.correction: icepop",

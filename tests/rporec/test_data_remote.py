@@ -45,7 +45,7 @@ def test_what_breaks_off_leaves_nothing(bucket, tmp_path) -> None:
     [
         ("memory://bucket/none", "nothing there"),
         ("memory://bucket/log/interactions.csv", "a file; give the folder"),
-        ("s4://bucket/log", "Protocol not known: s4"),
+        ("s4://bucket/log", "cannot be read .Protocol not known: s4"),
     ],
 )
 def test_faults_are_one_line(bucket, tmp_path, url, told) -> None:

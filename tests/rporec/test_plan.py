@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from actors.forecast import balance
 from rporec import cli
 from rporec.config import ConfigError, parse_config
 from rporec.files import append_line, write_json
@@ -122,27 +123,32 @@ def test_a_cluster_whose_gpus_come_too_late_is_told(pools):
     assert plan(parse_config({}), pools(with_gpus))["advice"] == []
 
 
-def test_the_slower_side_sets_the_pace(pools):
+def test_the_advice_is_as_many_workers_as_the_learner_can_use(pools):
+    speeds = Speeds(rollout=2.0, learner=0.5)
     config = parse_config({"groups_per_step": 10, "rollout_workers": {"min": 1, "max": 6}})
-    planned = plan(config, pools(), Speeds(rollout=2.0, learner=0.5))
-    assert planned["balance"] == [
-        {"workers": 1, "step_seconds": 20.0, "learner_waits": 0.75, "rollout_waits": 0.0},
-        {"workers": 6, "step_seconds": 5.0, "learner_waits": 0.0, "rollout_waits": 0.3333},
-    ]
-    assert planned["advice"] == ["rollout_workers: 4 keep the learner busy"]
-    few = plan(parse_config({"rollout_workers": 3}), pools(), Speeds(2.0, 0.5))["advice"]
+    assert plan(config, pools(), speeds)["advice"] == ["rollout_workers: 4 keep the learner busy"]
+    few = plan(parse_config({"rollout_workers": 3}), pools(), speeds)["advice"]
     assert few == ["rollout_workers: the learner waits until there are 4 (at most 3)"]
-    many = plan(parse_config({"rollout_workers": 6}), pools(), Speeds(2.0, 0.5))["advice"]
+    many = plan(parse_config({"rollout_workers": 6}), pools(), speeds)["advice"]
     assert many == ["rollout_workers: 4 keep the learner busy; 2 of 6 add nothing"]
+    on_policy = plan(parse_config({"max_staleness": 0, "rollout_workers": 2}), pools(), speeds)["advice"]
+    assert "take turns" in on_policy[0]
 
 
-def test_on_policy_they_take_turns(pools):
-    config = parse_config({"groups_per_step": 10, "max_staleness": 0, "rollout_workers": 2})
-    planned = plan(config, pools(), Speeds(2.0, 0.5))
-    assert planned["balance"] == [
-        {"workers": 2, "step_seconds": 15.0, "learner_waits": 0.6667, "rollout_waits": 0.3333}
-    ]
-    assert "take turns" in planned["advice"][0]
+def test_the_balance_is_what_the_controller_does_with_workers_of_these_speeds(pools):
+    speeds, groups = Speeds(rollout=2.0, learner=0.5), 32
+    config = parse_config({"groups_per_step": groups, "rollout_workers": {"min": 1, "max": 6}})
+    one, six = plan(config, pools(), speeds, balance)["balance"]
+    assert (one["workers"], six["workers"]) == (1, 6)
+    # Never faster than the slower side; and a tail costs, but not as much again.
+    assert groups * speeds.rollout * 0.9 <= one["step_seconds"] <= groups * speeds.rollout * 1.6
+    assert groups * speeds.learner <= six["step_seconds"] <= groups * speeds.learner * 1.6
+    assert one["learner_waits"] > 0.6
+    assert six["learner_waits"] < one["learner_waits"]
+    assert six["rollout_waits"] > one["rollout_waits"]
+    turns = balance(parse_config({"groups_per_step": groups, "max_staleness": 0}), speeds, 2)
+    assert turns["step_seconds"] >= 0.9 * groups * (speeds.rollout / 2 + speeds.learner)
+    assert balance(config, speeds, 1) == one
 
 
 @pytest.fixture
@@ -199,7 +205,7 @@ def test_the_command(capsys, run, tmp_path, monkeypatch):
 
     status, out, _ = rporec("--cluster", ssh, "--json", "--run", run.folder, "--learner-seconds", "0.1")
     assert (status, json.loads(out)["fits"]) == (0, {"start": True, "full": True})
-    assert json.loads(out)["balance"][0]["step_seconds"] == 48 * 0.75
+    assert 48 * 0.75 * 0.9 <= json.loads(out)["balance"][0]["step_seconds"] <= 48 * 0.75 * 1.6
     assert rporec("--cluster", ssh, "learners=2")[0] == 2  # not even its start fits
     for words, message in (
         (["--cluster", tmp_path / "none"], "No such file"),
@@ -217,8 +223,8 @@ def test_the_table_has_every_role_node_and_advice(pools):
     from rich.console import Console
 
     console = Console(width=100)
-    planned = plan(parse_config({"rollout_workers": 9}), pools(), Speeds(2.0, 0.5))
+    planned = plan(parse_config({"rollout_workers": 9}), pools(), Speeds(2.0, 0.5), balance)
     with console.capture() as shown:
         console.print(plan_table(planned))
-    for part in ("serve: reasoner", "6 of 9", "allowed", "0%", "rollout: max_workers: 5 (now 3)"):
+    for part in ("serve: reasoner", "6 of 9", "allowed", "learner waits", "rollout: max_workers: 5 (now 3)"):
         assert part in shown.get()

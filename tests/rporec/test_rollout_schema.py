@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -156,3 +157,15 @@ def test_a_batch_of_several_groups_splits_and_each_slice_gives_its_own_meta():
 def test_a_group_that_was_split_off_travels_without_the_others():
     alone, *_ = split_groups(pa.concat_batches([batch(number) for number in range(20)]))
     assert len(pickle.dumps(alone)) < 1.1 * len(pickle.dumps(batch(0)))
+
+
+def test_a_generated_item_is_an_answer_without_thoughts():
+    lease = Lease(7, sample=3, prompt_ids=np.array([5], np.int32), seed=1)
+    found = replace(generated([" Red", " Door", ""], (Version(0, 0), 0, 3)), item=12)
+    rows = rollout_batch(lease, [found, replace(found, item=4)], [[" Red", " Door", ""]] * 2)
+    assert rows.column("item").to_pylist() == [12, 4]
+    assert [one.answer for one in completions(rows)] == [" Red Door"] * 2
+    assert {one.cot + one.pre + one.mid + one.post for one in completions(rows)} == {""}
+    assert rows.column("cot_tokens").to_pylist() == [{"start": 0, "end": 0}] * 2
+    assert group_meta(rows).format == 1
+    assert batch().column("item").null_count == 2

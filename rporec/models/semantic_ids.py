@@ -1,0 +1,64 @@
+"""Semantic IDs: items as short codes that similar items share from the left (residual k-means over text).
+
+After the residual quantisation of TIGER (arXiv 2305.05065), with k-means for its auto-encoder, as
+LETTER and OneRec do: each level clusters what the levels before left over. Codes are tokens of their
+own, `<a_7>` for code 7 of the first level.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from rporec.models.text_neighbours import TextVectors
+
+DIMENSIONS = 64  # of item vectors
+
+
+def item_vectors(texts: Sequence[str], seed: int, dimensions: int = DIMENSIONS) -> np.ndarray:
+    """float32 [N, D]: TF-IDF of the items' texts in their D main directions (latent semantic analysis)."""
+    from sklearn.decomposition import TruncatedSVD
+
+    vectors = TextVectors.fit(texts).vectors
+    size = min(dimensions, min(vectors.shape) - 1)
+    if size < 1:
+        return vectors.toarray().astype(np.float32)
+    return TruncatedSVD(size, random_state=seed).fit_transform(vectors).astype(np.float32)
+
+
+def residual_codes(vectors: np.ndarray, levels: int, codes: int, seed: int) -> np.ndarray:
+    """int64 [N, levels]: at each level the nearest of at most `codes` means of what is left of the vectors."""
+    from sklearn.cluster import KMeans
+
+    residual = np.array(vectors, np.float32)
+    chosen = np.empty((len(residual), levels), np.int64)
+    for level in range(levels):
+        distinct = len(np.unique(residual, axis=0))
+        means = KMeans(min(codes, distinct), n_init=1, random_state=seed + level).fit(residual)
+        chosen[:, level] = means.labels_
+        residual = residual - means.cluster_centers_[means.labels_]
+    return chosen
+
+
+def semantic_ids(codes: np.ndarray) -> list[str]:
+    """`<a_7><b_0><c_31>` for each row of codes; where rows are equal one more code counts them."""
+    names = ["".join(f"<{_letter(level)}_{code}>" for level, code in enumerate(row)) for row in codes.tolist()]
+    shared = {name for name, count in Counter(names).items() if count > 1}
+    seen = Counter[str]()
+    for item, name in enumerate(names):
+        if name in shared:
+            names[item] = f"{name}<{_letter(codes.shape[1])}_{seen[name]}>"
+            seen[name] += 1
+    return names
+
+
+def code_tokens(identities: Sequence[str]) -> list[str]:
+    """Every code that occurs, in order of level and number."""
+    codes = {code for identity in identities for code in identity.strip("<>").split("><")}
+    return [f"<{code}>" for code in sorted(codes, key=lambda code: (code[0], int(code[2:])))]
+
+
+def _letter(level: int) -> str:
+    return chr(ord("a") + level)
