@@ -42,7 +42,7 @@ def measure(shape: TinyConfig, count: int, folder: Path, rounds: int) -> dict[st
     from rporec.rl.learner import Learner
 
     config = _config(count)
-    model = make_tiny(["alpha beta gamma delta 1 2 3"] * 4, shape, config.seed, folder)
+    model = make_tiny([" ".join(map(str, range(2000)))] * 2, shape, config.seed, folder)
     learner = Learner(model, config)
     batch = made_up(count, SIZE, learner.policy.engine.module.config.vocab_size, prompt=PROMPT, completion=COMPLETION)
     alone = load_model(model)

@@ -100,18 +100,18 @@ class Bare:
         return written
 
 
+@dataclass(frozen=True)
 class Given(RayPlacement):
     """Workers that are there already, and that outlive the controller."""
 
-    def __init__(self, cluster: Any, worker: Any, judge: Any) -> None:
-        super().__init__(cluster)
-        object.__setattr__(self, "workers", (worker, judge))
+    worker: Any
+    judge: Any
 
     def rollout(self, *_: Any) -> Any:
-        return self.workers[0]
+        return self.worker
 
     def reward(self, *_: Any) -> Any:
-        return self.workers[1]
+        return self.judge
 
     def kill(self, actor: Any) -> None:
         pass

@@ -115,9 +115,9 @@ class Dealt(RPORec):
         return SamplingSpec(max_tokens=tokens, min_tokens=tokens, n=self.workload.size, seed=seed)
 
     @cached_property
-    def validation(self) -> tuple[np.ndarray, list[np.ndarray], list[SamplingSpec]]:
-        """RPORec's own, and with it the probes, which a learner has from the config."""
-        return RPORec(self.run, self.config).validation
+    def probes(self) -> list[np.ndarray]:
+        """RPORec's own: the learner has them from the config."""
+        return RPORec(self.run, self.config).probes
 
     @cached_property
     def _words(self) -> np.ndarray:
