@@ -72,4 +72,5 @@ class Job:
     ) -> None:
         """`actors.learner.fit` on this run's cluster; `alone` as in `learner_env`."""
         env = self.learner_env(workers, alone=alone)
+        more["gpu_share"] = self.config.deepspeed.gpu_share
         fit(loop, spec, name=name, run=self.run, cluster=self.cluster, workers=workers, watch=watch, env=env, **more)

@@ -33,6 +33,7 @@ class Journal:
         self.reward_seconds = 0.0  # since then, summed over reward workers
         self._generation: list[float] = []  # seconds of each group written since then
         self._probes: list[np.ndarray] = []
+        self._brought: list[float] = []  # seconds of each version brought into a worker since then
         self._stepped = time.monotonic()
 
     def generated(self, tokens: int, seconds: float) -> None:
@@ -43,6 +44,10 @@ class Journal:
     def probed(self, differences: np.ndarray) -> None:
         """|log p engine − log p learner| on the probes, [T], when an engine had taken a version."""
         self._probes.append(differences)
+
+    def brought(self, seconds: float) -> None:
+        """A rollout worker has other weights, `seconds` after they were first to be brought."""
+        self._brought.append(seconds)
 
     def step(self, metrics: dict[str, Any], groups: list[GroupMeta], dropped: dict[str, int], judges: int) -> None:
         """One learner step: what rank 0 measured, what was known of its groups, and of the time since the last."""
@@ -55,6 +60,7 @@ class Journal:
             "format": sum(meta.format for meta in groups) / max(1, len(groups)),
             "tokens_per_second": round(self.seen["tokens"] / elapsed, 1),
             "generation_seconds": self._generation,
+            "weights_seconds": round(sum(self._brought) / len(self._brought), 4) if self._brought else None,
             "reward_worker_busy": round(self.reward_seconds / elapsed / max(1, judges), 4),
             "probe_mismatch": self._probe_mismatch(),
             "dropped": dropped,
@@ -62,7 +68,7 @@ class Journal:
         }
         self.learner_cpu[metrics["attempt"]] = metrics["cpu_seconds"]
         self.seen.clear()
-        self._generation = []
+        self._generation, self._brought = [], []
         self.reward_seconds = 0.0
         append_line(self.run.steps, self.last_step)
         self.board.write(metrics["step"], self.last_step)

@@ -43,10 +43,12 @@ def fit(
     workers: int,
     watch: Callable[[], None],
     env: dict[str, str],
+    gpu_share: float = 1.0,
     restarts: int = 0,
     interrupted: Callable[[], None] | None = None,
 ) -> None:
-    """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile.
+    """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile. On CUDA each rank has
+    `gpu_share` of a GPU.
 
     Raises what the loop raised, after `restarts` restarts of the whole group (-1: any number). Ctrl-C calls `interrupted`,
     waits for the loop to come to its end, and goes on as KeyboardInterrupt; a second one does not wait.
@@ -57,7 +59,7 @@ def fit(
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     resources: dict[str, float] = {"learner": 1, "CPU": 0}
     if cluster.cuda:
-        resources["GPU"] = 1
+        resources["GPU"] = gpu_share
     trainer = TorchTrainer(
         loop,
         train_loop_config=spec,
@@ -203,7 +205,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
 
     from actors import checkpoints
     from actors.broadcast import Sender
-    from rporec.engine.transfer import engine_gpus
+    from rporec.engine.transfer import engine_ranks
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
     from rporec.recipes import load_recipe
@@ -228,7 +230,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
 
     stored: list[ray.ObjectRef] = []  # the store's answer to the version that is on its way
     sends = rank == 0 and config.weight_transfer == "nccl"
-    sender = Sender(controller, attempt, 1 + engine_gpus(config.engine)) if sends else None
+    sender = Sender(controller, attempt, 1 + engine_ranks(config.engine)) if sends else None
 
     def checkpoint_at(number: int) -> None:
         """Every rank writes its part; the controller adds its own and commits."""

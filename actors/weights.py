@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,8 @@ class Weights:
         """Bring a version into a worker; False when it died of that, or the store does not have the version."""
         if worker.version == version:
             return True
+        clock = asyncio.get_running_loop().time  # the loop's own: it may be simulated
+        began = clock()
         worker.settled = None  # whatever version that was: it is to come back to the newest
         newest = version == self.ledger.version  # the learner holds no other
         if not (newest and await self.broadcasts.bring(worker, version)):
@@ -45,6 +48,7 @@ class Weights:
             if stored is None or not await self._taken(worker, version, stored):
                 return False
         worker.version = version
+        self.training.journal.brought(clock() - began)
         self.training.room.set()
         return True
 

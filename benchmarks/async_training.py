@@ -36,6 +36,7 @@ from rporec.report.live import Progress, progress
 from rporec.run import Run, RunError
 
 STEPS, WARMING = 30, 3
+QUICK = {"order": ("sync", "async"), "steps": 16}
 ORDER = ("sync", "async", "async", "sync")  # so that a machine that slows down or heats up favours neither
 STALENESS = {"sync": 0, "async": 1}
 # A million parameters. With `max_num_seqs` the engine writes a step's groups in about the time that training on them takes.
@@ -145,27 +146,27 @@ def _rollout_idle(runs: Sequence[Steps]) -> float | None:
 
 
 # --- running -----------------------------------------------------------------------------------
-def run() -> dict[str, Any]:
+def run(order: Sequence[str] = ORDER, steps: int = STEPS) -> dict[str, Any]:
     before, console = machine(), Console(stderr=True)
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise RunError("rporec bench async: needs two cores, one each for rollouts and learner; this process may use 1")
-    steps: dict[str, list[Steps]] = {"sync": [], "async": []}
+    taken: dict[str, list[Steps]] = {"sync": [], "async": []}
     cpu: dict[str, list[float]] = {"sync": [], "async": []}
     with tempfile.TemporaryDirectory(prefix="rporec-bench-") as scratch:
         warm = _before_stage2(Path(scratch), console)
-        for number, kind in enumerate(ORDER):
-            title = f"{kind}, run {number + 1} of {len(ORDER)}"
-            trained = _stage2(warm, Path(scratch) / str(number), kind, cores, title, console)
-            steps[kind].append(read_lines(trained.steps))
+        for number, kind in enumerate(order):
+            title = f"{kind}, run {number + 1} of {len(order)}"
+            trained = _stage2(warm, Path(scratch) / str(number), kind, steps, cores, title, console)
+            taken[kind].append(read_lines(trained.steps))
             cpu[kind].append(read_json(trained.folder / "stages.json")["stage2"]["cpu_seconds"])
     return result(
         "async",
-        compare(steps["sync"], steps["async"]),
-        {kind: median(Pace.of(run).total for run in runs) for kind, runs in steps.items()},
+        compare(taken["sync"], taken["async"]),
+        {kind: median(Pace.of(run).total for run in runs) for kind, runs in taken.items()},
         {kind: median(seconds) for kind, seconds in cpu.items()},
         machine=before,
-        timed_steps=STEPS - WARMING - 1,
+        timed_steps=steps - WARMING - 1,
     )
 
 
@@ -178,12 +179,12 @@ def _before_stage2(scratch: Path, console: Console) -> Run:
     return run
 
 
-def _stage2(warm: Run, folder: Path, kind: str, cores: list[int], title: str, console: Console) -> Run:
+def _stage2(warm: Run, folder: Path, kind: str, steps: int, cores: list[int], title: str, console: Console) -> Run:
     """Stage 2 on a copy of the run, whose processes may use `cores` only."""
     shutil.copytree(warm.folder, folder, ignore=shutil.ignore_patterns("ray"))
     run = Run(folder)
-    write_json(run.config_path, read_json(run.config_path) | {"max_staleness": STALENESS[kind]})
-    with progress(title, total=STEPS, console=console) as bar:
+    write_json(run.config_path, read_json(run.config_path) | {"max_staleness": STALENESS[kind], "steps": steps})
+    with progress(title, total=steps, console=console) as bar:
         _train(
             run.config_path, run, ["--resume", "--stages", "stage2"], lambda: _count_steps(run, bar), cores=set(cores)
         )

@@ -1,8 +1,10 @@
 """How fast and in how much memory a data set is built: 10 M generated interactions, one core.
 
-    python benchmarks/data_build.py [--rows 10000000] [--format parquet|csv|jsonl]
+    rporec bench data [--json]
+    python -m benchmarks.data_build [--rows 10000000] [--format parquet|csv|jsonl]
 
-Prints one JSON object; the build runs in a process of its own, so that its peak memory is its own.
+The first builds from Parquet and from CSV, the second prints one JSON object of one format. The build runs in a
+process of its own, so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -10,19 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
+from rich.console import Console
 
+from benchmarks.result import machine, result
+from rporec.report.live import progress
+from rporec.run import RunError
+
+ROWS = 10_000_000
 BATCH = 1_000_000  # rows
 
 
@@ -76,35 +85,51 @@ def measure(folder: Path, path: Path) -> dict[str, float]:
     }
 
 
+def built(rows: int, kind: str) -> dict[str, float]:
+    """As `measure`, of so many generated interactions, in a process of its own; `bytes`: of the source."""
+    with tempfile.TemporaryDirectory() as name:
+        size = write_source(Path(name), rows, kind).stat().st_size
+        child = [sys.executable, "-m", "benchmarks.data_build", "--format", kind, "--folder", name]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(child, cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            raise RunError(f"rporec bench data: {' '.join(done.stderr[-600:].split())}")
+        return json.loads(done.stdout) | {"bytes": size}
+
+
+QUICK = {"rows": 2_000_000, "kinds": ("parquet",)}
+
+
+def run(rows: int = ROWS, kinds: Sequence[str] = ("parquet", "csv")) -> dict[str, Any]:
+    before = machine()
+    ratios: dict[str, float] = {}
+    wall: dict[str, float] = {}
+    cpu: dict[str, float] = {}
+    with progress("data", total=len(kinds), console=Console(stderr=True)) as bar:
+        for number, kind in enumerate(kinds):
+            found = built(rows, kind)
+            ratios |= {
+                f"interactions_per_second_{kind}": round(rows / found["build"]),
+                f"interactions_per_cpu_second_{kind}": round(rows / found["build_cpu"]),
+                f"peak_gib_{kind}": round(found["peak"] / 2**30, 2),
+                f"source_mib_{kind}": round(found["bytes"] / 2**20, 1),
+            }
+            wall |= {f"build_{kind}": found["build"], f"load_{kind}": found["load"]}
+            cpu[f"build_{kind}"] = found["build_cpu"]
+            bar.update(number + 1)
+    return result("data", ratios, wall, cpu, machine=before, interactions=rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=10_000_000)
+    parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--format", choices=("parquet", "csv", "jsonl"), default="parquet")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.folder is not None:
+    if options.folder is None:
+        print(json.dumps(run(options.rows, [options.format])))
+    else:
         print(json.dumps(measure(options.folder, options.folder / f"interactions.{options.format}")))
-        return
-    with tempfile.TemporaryDirectory() as name:
-        path = write_source(Path(name), options.rows, options.format)
-        size = path.stat().st_size
-        child = [sys.executable, __file__, "--format", options.format, "--folder", name]
-        found = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout)
-    result = {
-        "name": "data-build",
-        "machine": {"cores": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()},
-        "ratios": {
-            "interactions_per_second": options.rows / found["build"],
-            "interactions_per_cpu_second": options.rows / found["build_cpu"],
-        },
-        "wall_seconds": {"build": found["build"], "load": found["load"]},
-        "cpu_seconds": {"build": found["build_cpu"]},
-        "peak_rss_bytes": found["peak"],
-        "interactions": options.rows,
-        "samples": found["samples"],
-        "source": {"format": options.format, "bytes": size},
-    }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -71,13 +71,16 @@ def measure(
     return in_turns(f"{name} parameters", ways, rounds), difference
 
 
-def run() -> dict[str, Any]:
+QUICK = {"rounds": 5}
+
+
+def run(rounds: int = 11) -> dict[str, Any]:
     ratios: dict[str, float] = {}
     seconds: dict[str, dict[str, float]] = {"wall": {}, "cpu": {}}
     for name, shape in SHAPES.items():
-        rounds, difference = measure(name, shape, rounds=11)
-        ratios[f"packed_over_plain_{name}"] = round(rounds.times("plain", "packed"), 3)
+        timed, difference = measure(name, shape, rounds=rounds)
+        ratios[f"packed_over_plain_{name}"] = round(timed.times("plain", "packed"), 3)
         ratios[f"max_difference_{name}"] = difference
         for clock, found in seconds.items():
-            found |= {f"{way}_{name}": value for way, value in rounds.median(clock).items()}  # type: ignore[arg-type]
+            found |= {f"{way}_{name}": value for way, value in timed.median(clock).items()}  # type: ignore[arg-type]
     return result("packing", ratios, seconds["wall"], seconds["cpu"])

@@ -93,6 +93,9 @@ def _rss() -> float:
     return psutil.Process().memory_info().rss / 2**20
 
 
+QUICK = {"size": 200_000}
+
+
 def run(size: int = 1_000_000) -> dict[str, Any]:
     found = measure(size)
     ratios: dict[str, float] = {}

@@ -137,9 +137,12 @@ def _difference(judge: Any, rows: list[pa.RecordBatch]) -> float:
     return float(np.abs(rewards[0] - rewards[1]).max())
 
 
-def run() -> dict[str, Any]:
+QUICK = {"rounds": 3}
+
+
+def run(rounds: int = 9) -> dict[str, Any]:
     config, most = Config(), 32
-    found, difference = measure(config, sizes=(most, 8, 1), groups=most, rounds=9)
+    found, difference = measure(config, sizes=(most, 8, 1), groups=most, rounds=rounds)
     ratios: dict[str, float] = {}
     for size, suffix in ((most, ""), (8, "_at_8"), (1, "_at_1")):
         batches = f"batches_{size}"

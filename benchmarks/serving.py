@@ -57,12 +57,15 @@ class Question(BaseModel):
     k: int
 
 
-def run() -> dict[str, Any]:
+QUICK = {"rounds": 1}
+
+
+def run(rounds: int = ROUNDS) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         tiny = _prepared(Path(scratch) / "tiny", parse_config(CONFIG))
         large = _prepared(Path(scratch) / "large", parse_config({**CONFIG, "tiny": TEN_MILLION}))
         with connected(tiny.config(), None, "bench-serve"):
-            return asyncio.run(_measured(tiny, large))
+            return asyncio.run(_measured(tiny, large, rounds))
 
 
 def _prepared(folder: Path, config: Config) -> Run:
@@ -74,7 +77,7 @@ def _prepared(folder: Path, config: Config) -> Run:
     return run
 
 
-async def _measured(tiny: Run, large: Run) -> dict[str, Any]:
+async def _measured(tiny: Run, large: Run, rounds: int) -> dict[str, Any]:
     port = 8765
     url = f"http://127.0.0.1:{port}"
     core = max(os.sched_getaffinity(0)) if cores() > 1 else None
@@ -90,9 +93,9 @@ async def _measured(tiny: Run, large: Run) -> dict[str, Any]:
             await asyncio.to_thread(deploy, served, "127.0.0.1", port, guarded=False, cuda=False)
             if name == "tiny":
                 await asyncio.to_thread(serve.run, _empty(), name="empty", route_prefix="/empty")
-                await _fast(http, url, one, ratios, seconds, absolute)
+                await _fast(http, url, one, rounds, ratios, seconds, absolute)
                 await asyncio.to_thread(serve.delete, "empty")
-            await _reasoned(http, url, one, core, name, ratios, absolute)
+            await _reasoned(http, url, one, core, name, rounds, ratios, absolute)
             await asyncio.to_thread(serve.delete, APPLICATION)
     serve.shutdown()
     return result("serve", ratios, seconds, {}, absolute=absolute)
@@ -121,7 +124,9 @@ def _empty() -> Any:
     return Front.bind(Answers.bind())
 
 
-async def _fast(http: aiohttp.ClientSession, url: str, run: Run, ratios: dict, seconds: dict, absolute: dict) -> None:
+async def _fast(
+    http: aiohttp.ClientSession, url: str, run: Run, rounds: int, ratios: dict, seconds: dict, absolute: dict
+) -> None:
     histories = _histories(run)
 
     def real(number: int) -> dict[str, Any]:
@@ -136,7 +141,7 @@ async def _fast(http: aiohttp.ClientSession, url: str, run: Run, ratios: dict, s
     }
     alone: dict[str, list[float]] = {name: [] for name in ways}
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(ROUNDS + 1):  # the first warms up
+    for turn in range(rounds + 1):  # the first warms up
         for name, ask in ways.items():
             took = [await _timed(ask, number) for number in range(REQUESTS)]
             rate = await _throughput(ask, CLIENTS, SECONDS)
@@ -155,7 +160,14 @@ async def _fast(http: aiohttp.ClientSession, url: str, run: Run, ratios: dict, s
 
 # --- reason: true --------------------------------------------------------------------------------
 async def _reasoned(
-    http: aiohttp.ClientSession, url: str, run: Run, core: int | None, name: str, ratios: dict, absolute: dict
+    http: aiohttp.ClientSession,
+    url: str,
+    run: Run,
+    core: int | None,
+    name: str,
+    rounds: int,
+    ratios: dict,
+    absolute: dict,
 ) -> None:
     recipe = RPORec(run, run.config())
     items = recipe.dataset.catalog.index
@@ -181,7 +193,7 @@ async def _reasoned(
         "streamed": lambda: _tokens(streamed),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
-    for turn in range(ROUNDS + 1):
+    for turn in range(rounds + 1):
         for way, measure in ways.items():
             rate = await measure()
             if turn:

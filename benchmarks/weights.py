@@ -55,26 +55,28 @@ class Timings:
         return {part: statistics.median(seconds) for part, seconds in rounds.items()}
 
 
-def groups(count: int, size: int, vocabulary: int, seed: int = 0) -> list[pa.RecordBatch]:
+def groups(
+    count: int, size: int, vocabulary: int, seed: int = 0, *, prompt: int = PROMPT, completion: int = COMPLETION
+) -> list[pa.RecordBatch]:
     """Scored groups of random tokens and rewards."""
     rng = np.random.default_rng(seed)
 
     def one(number: int) -> pa.RecordBatch:
-        spans = ((Version(0, 0), 0, COMPLETION),)
+        spans = ((Version(0, 0), 0, completion),)
         written = [
             Generated(
-                rng.integers(5, vocabulary, COMPLETION).astype(np.int32),
-                np.full(COMPLETION, -np.log(vocabulary), np.float32),
+                rng.integers(5, vocabulary, completion).astype(np.int32),
+                np.full(completion, -np.log(vocabulary), np.float32),
                 spans,
                 "stop",
-                "x" * COMPLETION,
+                "x" * completion,
             )
             for _ in range(size)
         ]
-        lease = Lease(number, number, rng.integers(5, vocabulary, PROMPT).astype(np.int32), number)
+        lease = Lease(number, number, rng.integers(5, vocabulary, prompt).astype(np.int32), number)
         reward = rng.random(size).astype(np.float32)
         scored = Scored(np.ones(size), np.ones(size), {"ndcg": reward}, reward, np.zeros(size, bool))
-        return with_rewards(rollout_batch(lease, written, [["x"] * COMPLETION] * size), scored)
+        return with_rewards(rollout_batch(lease, written, [["x"] * completion] * size), scored)
 
     return [one(number) for number in range(count)]
 
@@ -139,6 +141,9 @@ def _publish(model: Path, config: Config, flat: Any, timings: Timings, rounds: i
             timings.measure("put", lambda version=two: ray.get(store.put.remote(version, flat)), lambda: cpu(store))
             timings.measure("bring_1", lambda version=one: bring(version, engines[:1]), lambda: cpu(engines[0]))
             timings.measure("bring_2", lambda version=two: bring(version, engines), lambda: cpu(*engines))
+
+
+QUICK = {"rounds": 3}
 
 
 def run(tiny: TinyConfig = TEN_MILLION, rounds: int = 5, group_count: int = GROUPS) -> dict[str, Any]:

@@ -21,12 +21,17 @@ from rporec.run import STAGES, Run
 
 # Names of `rporec bench`, and their modules in `benchmarks/`.
 BENCHMARKS = {
+    "all": "all",
     "async": "async_training",
     "baselines": "baselines",
     "control-plane": "control_plane",
+    "data": "data_build",
+    "learner": "learner",
     "packing": "packing",
+    "peer-trl": "peer_trl",
     "retrieval": "retrieval",
     "reward": "reward",
+    "rollout": "rollout",
     "serve": "serving",
     "trie": "trie",
     "weights": "weights",
@@ -337,7 +342,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> None:
-    result = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}").run()
+    benchmark = importlib.import_module(f"benchmarks.{BENCHMARKS[options.name]}")
+    result = benchmark.run(**getattr(benchmark, "QUICK", {}) if options.quick else {})
     if not options.json:
         for key, value in result["ratios"].items():
             print(f"{key:>36}  {value}")
@@ -505,6 +511,7 @@ def _parser() -> argparse.ArgumentParser:
     bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
     bench.add_argument("name", choices=sorted(BENCHMARKS))
     bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
+    bench.add_argument("--quick", action="store_true", help="fewer rounds or a smaller size, where it has such")
 
     doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
     doctor.add_argument("--address", help="also ask this Ray cluster")

@@ -104,6 +104,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: float32 on CPU, bfloat16 on CUDA
     max_num_seqs: int = Field(64, ge=1)
     kv_cache_mb: int = Field(256, ge=16)  # CPU only
+    gpu_share: float = Field(1.0, gt=0, le=1)  # of its GPU; below 1 a learner rank may have the rest
     timeout: float = Field(1800.0, gt=0)  # seconds for one group; a worker that takes longer hangs and is replaced
     args: dict[str, Any] = {}  # passed to vllm.LLM as they are
 
@@ -202,6 +203,7 @@ class RLConfig(Section):
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     bf16: bool | None = None  # None: on CUDA
+    gpu_share: float = Field(1.0, gt=0, le=1)  # of its GPU, for each rank; below 1 a rollout worker may have the rest
     args: dict[str, Any] = {}  # merged into the DeepSpeed config
 
 
@@ -355,6 +357,11 @@ class Config(Section):
             raise ValueError(f"data.split: {self.data.split!r} is none of time[:8:1:1], leave-one-out, column:NAME")
         if self.groups_per_step % self.learners:
             raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
+        spread = {"tensor_parallel_size", "pipeline_parallel_size"} & set(self.engine.args)
+        if self.engine.gpu_share < 1 and spread:
+            raise ValueError(
+                f"engine.gpu_share: {self.engine.gpu_share:g} is of one GPU; leave out {sorted(spread)[0]}"
+            )
         if self.teacher.kind == "openai" and not (self.teacher.base_url and self.teacher.model):
             raise ValueError("teacher.kind: openai needs teacher.base_url and teacher.model")
         faithful = self.recipe == "rporec" and self.reward.faithfulness

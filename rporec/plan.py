@@ -30,12 +30,12 @@ class Ask:
 
     name: str
     role: str  # the resource of which each takes 1
-    gpus: int  # that each takes besides
+    gpus: float  # that each takes besides, or its share of one
     least: int
     most: int
 
     @property
-    def resources(self) -> dict[str, int]:
+    def resources(self) -> dict[str, float]:
         return {self.role: 1, "GPU": self.gpus} if self.gpus else {self.role: 1}
 
 
@@ -69,7 +69,7 @@ def asks(config: Config, *, cuda: bool) -> list[Ask]:
     return [
         Ask("rollout", "rollout", engine_gpus(config.engine) if cuda else 0, rollout.min, rollout.max),
         Ask("reward", "reward", 0, reward.min, reward.max),
-        Ask("learner", "learner", 1 if cuda else 0, ranks, ranks),
+        Ask("learner", "learner", config.deepspeed.gpu_share if cuda else 0, ranks, ranks),
         Ask("serve: reasoner", "serve", 1 if cuda else 0, serve.reasoners.min, serve.reasoners.max),
         Ask("serve: other", "serve", 0, sum(one.min for one in others), sum(one.max for one in others)),
     ]
@@ -121,7 +121,7 @@ def place(pools: Pools, wanted: Iterable[tuple[Ask, int]]) -> tuple[Counter[str]
     spare. Ray's autoscaler goes by utilisation and comes to the same where each role has a pool of its own.
     """
     nodes = Counter({pool.name: pool.least for pool in pools.types})
-    free = [dict(pool.resources) for pool in pools.types for _ in range(pool.least)]
+    free: list[dict[str, float]] = [dict(pool.resources) for pool in pools.types for _ in range(pool.least)]
     placed = Counter[str]()
     for ask, count in sorted(wanted, key=lambda one: -one[0].gpus):
         for _ in range(count):
@@ -139,8 +139,8 @@ def place(pools: Pools, wanted: Iterable[tuple[Ask, int]]) -> tuple[Counter[str]
     return nodes, placed
 
 
-def _holds(node: Mapping[str, int], resources: Mapping[str, int]) -> bool:
-    return all(node.get(what, 0) >= amount for what, amount in resources.items())
+def _holds(node: Mapping[str, float], resources: Mapping[str, float]) -> bool:
+    return all(node.get(what, 0) >= amount - 1e-9 for what, amount in resources.items())
 
 
 def _next_pool(pools: Pools, nodes: Counter[str], ask: Ask) -> Pool | None:
@@ -232,7 +232,7 @@ def _room(pools: Pools, all_asks: Iterable[Ask]) -> list[str]:
     lines = []
     for ask, count in wanted:
         if placed[ask.name] < count:
-            one = ", ".join(f"{what}: {amount}" for what, amount in ask.resources.items())
+            one = ", ".join(f"{what}: {amount:g}" for what, amount in ask.resources.items())
             lines.append(f"{ask.name}: no node type has {{{one}}}")
     lines += [
         f"{pool.name}: max_workers: {nodes[pool.name]} (now {pool.most})"
@@ -273,7 +273,7 @@ def plan_table(planned: dict[str, Any]) -> RenderableType:
     roles = Table("role", "GPUs each", "at the start", "at most", box=None, header_style="dim")
     for role in planned["roles"]:
         counts = [f"{role[when]['placed']} of {role[when]['wanted']}" for when in ("start", "full")]
-        roles.add_row(role["role"], str(role["gpus"]), *counts)
+        roles.add_row(role["role"], f"{role['gpus']:g}", *counts)
     nodes = Table("node type", "at the start", "at most", "allowed", box=None, header_style="dim")
     for name, counts in planned["nodes"].items():
         nodes.add_row(name, *(str(counts[when]) for when in ("start", "full", "most")))

@@ -224,6 +224,10 @@ class ReferenceEngine:
         self._running = 0
 
     def _extend(self, row: _Row, logits: torch.Tensor) -> int:
+        import torch
+
+        if len(row.tokens) < row.spec.min_tokens:
+            logits[list(row.stop_ids)] = -torch.inf
         token, logprob = _draw(logits, row.spec, row.generator)
         row.tokens.append(token)
         row.logprobs.append(logprob)

@@ -33,7 +33,12 @@ def choose_transfer(config: Config, *, cuda: bool, gpus: float) -> Transfer:
     return Transfer("store", f"weights go by the object store: {obstacle}" if cuda else "")
 
 
-def engine_gpus(config: EngineConfig) -> int:
+def engine_gpus(config: EngineConfig) -> float:
+    """What a rollout worker reserves: as many GPUs as its engine spreads over, or its share of one."""
+    return engine_ranks(config) * config.gpu_share
+
+
+def engine_ranks(config: EngineConfig) -> int:
     """How many GPUs one engine spreads over."""
     return config.args.get("tensor_parallel_size", 1) * config.args.get("pipeline_parallel_size", 1)
 
@@ -43,6 +48,8 @@ def _obstacle(config: Config, cuda: bool, gpus: float) -> str | None:
         return f"engine.kind: {config.engine.kind} takes host memory only"
     if not cuda:
         return "for this cluster has no CUDA"
+    if config.engine.gpu_share < 1 or config.deepspeed.gpu_share < 1:
+        return "for learners and rollout workers share GPUs (gpu_share), and NCCL takes no two ranks on one"
     workers = config.rollout_workers.min
     if gpus < config.learners + workers * engine_gpus(config.engine):
         return (

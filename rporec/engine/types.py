@@ -48,7 +48,8 @@ FIRST_VERSION = Version(0, 0)  # the weights of the model folder that a run star
 class SamplingSpec:
     """How the `n` completions of one prompt are sampled; `temperature` 0 is greedy.
 
-    Completion i draws from `seed` and i alone. The text of a stop string is kept.
+    Completion i draws from `seed` and i alone. The text of a stop string is kept. Before `min_tokens`
+    no token is drawn that would end the completion.
     """
 
     temperature: float = 1.0
@@ -58,9 +59,11 @@ class SamplingSpec:
     seed: int = 0
     stop: tuple[str, ...] = ("</answer>",)
     logprobs: bool = True
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1 or self.n < 1:
+        tokens = self.max_tokens >= 1 and 0 <= self.min_tokens <= self.max_tokens
+        if self.temperature < 0 or not 0 < self.top_p <= 1 or not tokens or self.n < 1:
             raise ValueError(f"no such sampling: {self}")
         if self.greedy and self.n > 1:
             raise ValueError("greedy decoding gives one completion; n > 1 needs a temperature")

@@ -287,6 +287,7 @@ class VllmEngine:
             temperature=spec.temperature,
             top_p=spec.top_p,
             max_tokens=spec.max_tokens,
+            min_tokens=spec.min_tokens,
             seed=None if spec.greedy else spec.base_seed,  # vLLM gives completion i the seed + i
             stop_token_ids=stop_ids,
             stop=stop_strings or None,

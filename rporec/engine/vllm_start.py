@@ -70,6 +70,8 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
         }
     else:
         args["dtype"] = "bfloat16" if config.dtype == "auto" else config.dtype
+        if config.gpu_share < 1:  # vLLM would take nearly all of its memory
+            args["gpu_memory_utilization"] = round(0.9 * config.gpu_share, 3)
     try:
         from vllm import LLM
 

@@ -115,11 +115,9 @@ class Learner:
 
         `version` is that of the learner's weights before the step. All ranks must call together.
         """
-        batches = [batch.to(self.policy.device) for batch in self._micro_batches(groups, version)]
+        batches = [batch.to(self.policy.device) for batch in self.micro_batches(groups, version)]
         clock.lap("other")
-        with torch.no_grad():
-            for batch in batches:
-                self._proximal(batch)
+        logprobs = self._proximal(batches)
         clock.lap("forward")
         finished, terms = self._finish(batches)
         totals = self._totals(batches)
@@ -130,7 +128,8 @@ class Learner:
         for part in range(self.accumulation):
             empty = part >= len(batches)
             batch = batches[-1 if empty else part]
-            logprobs, _ = token_logprobs(self.policy.engine, batch.packed, temperature=self.config.rl.temperature)
+            if part > 0:
+                logprobs, _ = token_logprobs(self.policy.engine, batch.packed, temperature=self.config.rl.temperature)
             loss = self._loss(batch, logprobs, finished[-1 if empty else part], totals, threshold)
             self.policy.backward(loss.total * 0.0 if empty else loss.total)
             if not empty:
@@ -148,14 +147,28 @@ class Learner:
             logprobs, _ = token_logprobs(self.policy.engine, rows.to(self.policy.device))
         return logprobs.float().cpu().numpy()
 
-    def _proximal(self, batch: MicroBatch) -> None:
-        """Log-probabilities and entropies of the weights that the update starts from, and of the reference."""
+    def _proximal(self, batches: list[MicroBatch]) -> torch.Tensor:
+        """Log-probabilities and entropies of the weights that the update starts from, and of the reference.
+
+        Returns those of the first micro-batch with their graph: it goes backward first, under the same weights,
+        and need not be read a second time.
+        """
         temperature = self.config.rl.temperature
-        batch.proximal, batch.entropy = token_logprobs(
-            self.policy.engine, batch.packed, temperature=temperature, with_entropy=True
-        )
-        if self.reference is not None:
-            batch.reference, _ = token_logprobs(self.reference, batch.packed, temperature=temperature)
+
+        def read(batch: MicroBatch) -> torch.Tensor:
+            logprobs, batch.entropy = token_logprobs(
+                self.policy.engine, batch.packed, temperature=temperature, with_entropy=True
+            )
+            batch.proximal = logprobs.detach()
+            return logprobs
+
+        with torch.no_grad():
+            for batch in batches:
+                if self.reference is not None:
+                    batch.reference, _ = token_logprobs(self.reference, batch.packed, temperature=temperature)
+            for batch in batches[1:]:
+                read(batch)
+        return read(batches[0])
 
     def _finish(self, batches: list[MicroBatch]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Advantages [R] of each micro-batch from the whole reward, and the entropy terms [R] that completed it."""
@@ -203,7 +216,8 @@ class Learner:
         return losses.entropy_threshold(all_concatenate(own), self.config.rl.top_entropy)
 
     # --- laying out --------------------------------------------------------------------------
-    def _micro_batches(self, groups: list[pa.RecordBatch], version: Version) -> Iterator[MicroBatch]:
+    def micro_batches(self, groups: list[pa.RecordBatch], version: Version) -> Iterator[MicroBatch]:
+        """The groups of a step laid out for the model, longest first; `version` as `step` takes it."""
         tokens = [_group_tokens(group) for group in groups]
         if self.packs is None:
             self.packs = self._may_pack(max(tokens, key=lambda one: one.packed_length))

@@ -117,3 +117,14 @@ def test_a_closed_engine_and_a_prompt_without_room_are_refused(engine):
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.submit([1], greedy()).result()
+
+
+def test_nothing_ends_a_completion_before_its_time(engine):
+    """Every letter would, so one of three ends at once otherwise."""
+    letters = tuple(map(chr, range(33, 127)))
+    free = SamplingSpec(n=3, max_tokens=16, seed=2, stop=letters)
+    held = SamplingSpec(n=3, max_tokens=16, min_tokens=12, seed=2, stop=letters)
+    assert min(len(one.token_ids) for one in engine.submit(PROMPTS[0], free).result()) < 12
+    for one in engine.submit(PROMPTS[0], held).result():
+        assert 12 <= len(one.token_ids) <= 16
+        assert not set(one.token_ids[:12].tolist()) & set(engine.decoder.split_stops(letters)[0])

@@ -284,3 +284,14 @@ def test_the_environment_pins_one_thread_on_the_cpu_only():
     assert engine_environment(EngineConfig(), "cpu")["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in engine_environment(EngineConfig(), "cuda")
     assert engine_environment(EngineConfig(), "cuda")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_nothing_ends_a_completion_before_its_time(engine):
+    """Every letter would, so one of three ends at once otherwise."""
+    letters = tuple(map(chr, range(33, 127)))
+    free = SamplingSpec(n=3, max_tokens=16, seed=2, stop=letters)
+    held = SamplingSpec(n=3, max_tokens=16, min_tokens=12, seed=2, stop=letters)
+    assert min(len(one.token_ids) for one in engine.submit(PROMPTS[0], free).result()) < 12
+    for one in engine.submit(PROMPTS[0], held).result():
+        assert 12 <= len(one.token_ids) <= 16
+        assert not set(one.token_ids[:12].tolist()) & set(engine.decoder.split_stops(letters)[0])

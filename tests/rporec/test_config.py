@@ -44,6 +44,10 @@ REFUSED = {
     ),
     "interval upside down": ({"rl": {"icepop": [5, 0.5]}}, "rl.icepop: [5.0, 0.5] is no interval"),
     "sequence mask upside down": ({"rl": {"sequence_mask": [2, 2]}}, "rl.sequence_mask: "),
+    "a share of several GPUs": (
+        {"engine": {"gpu_share": 0.5, "args": {"tensor_parallel_size": 2}}},
+        "engine.gpu_share: 0.5 is of one GPU; leave out tensor_parallel_size",
+    ),
     "endpoint without address": ({"teacher": {"kind": "openai"}}, "teacher.kind: openai needs teacher.base_url"),
     "uneven learners": ({"learners": 3, "groups_per_step": 64}, "groups_per_step: 64 is no multiple of learners: 3"),
     "no such split": ({"data": {"split": "random"}}, "data.split: 'random' is none of"),

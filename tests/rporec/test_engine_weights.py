@@ -131,7 +131,9 @@ def test_versions_order_by_attempt_first_and_survive_their_label():
     assert Version.parse(str(Version(2, 13))) == Version(2, 13)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"n": 0}, {"max_tokens": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1.0}, {"top_p": 0.0}, {"n": 0}, {"max_tokens": 0}, {"min_tokens": 65}]
+)
 def test_a_sampling_that_does_not_exist_is_refused(wrong):
     with pytest.raises(ValueError, match="no such sampling"):
         SamplingSpec(**wrong)

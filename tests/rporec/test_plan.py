@@ -101,6 +101,19 @@ def test_with_gpus_roles_take_them_beside_their_places(pools):
     assert "serve: reasoner: no node type has {serve: 1, GPU: 1}" in plan(config, pools(without_serve_gpu))["advice"]
 
 
+def test_two_roles_that_share_a_gpu_fit_on_one(pools):
+    def one_gpu(file):
+        file["available_node_types"]["rollout"]["resources"] |= {"rollout": 1, "learner": 1, "GPU": 1}
+        del file["available_node_types"]["learner"]
+
+    halves = {"device": "cuda", "engine": {"gpu_share": 0.5}, "deepspeed": {"gpu_share": 0.5}}
+    planned = plan(parse_config(halves), pools(one_gpu))
+    assert placed(planned)["rollout"] == placed(planned)["learner"] == 1
+    assert planned["nodes"]["rollout"]["full"] == 1
+    wholes = plan(parse_config({"device": "cuda"}), pools(one_gpu))
+    assert wholes["nodes"]["rollout"]["full"] == 2
+
+
 def test_a_cluster_whose_gpus_come_too_late_is_told(pools):
     def nothing_stands(file):
         with_gpus(file)

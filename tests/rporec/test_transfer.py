@@ -33,6 +33,13 @@ def test_one_gpu_for_both_is_the_store_and_said(wanted: str) -> None:
     assert "share 1 GPU" in line
 
 
+@pytest.mark.parametrize("role", ["engine", "deepspeed"])
+def test_shares_of_gpus_are_the_store_however_many_there_are(role: str) -> None:
+    kind, line = choice(True, 8, **{role: {"gpu_share": 0.5}})
+    assert kind == "store"
+    assert "share GPUs" in line
+
+
 def test_every_gpu_of_the_ranks_and_engines_counts() -> None:
     roles = {"learners": 2, "groups_per_step": 8, "rollout_workers": {"min": 3, "max": 9}}
     spread = {"engine": {"args": {"tensor_parallel_size": 2}}}
