@@ -174,7 +174,7 @@ def test_a_training_on_hosts_of_its_own(user, step):
         said, _ = train.communicate(timeout=30)
         assert train.returncode == 0
         assert "detached; the training goes on as job" in said
-        user.job = re.search(r"job (rporec-demo-\w+)", said)[1]
+        user.job = re.search(r"job (rporec-demo-[\w-]+)", said)[1]
         homes = [alive(status, role) for role in ("controller", "learner", "rollout", "reward")]
         assert [len(set(nodes)) for nodes in homes] == [1, 1, 1, 1]
         assert len(set(map(tuple, homes))) == 4
