@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -113,6 +114,7 @@ class Watch:
 
     def __init__(self, job: Job, controller: Any, table: LiveTable) -> None:
         self.job, self.controller, self.table = job, controller, table
+        self.began = time.time()
         self.started = controller.start.remote()
         self.told = 0.0  # when the last death or notice was that has been told of
 
@@ -127,7 +129,7 @@ class Watch:
             if moment > self.told:
                 self.job.console.print(line, soft_wrap=True, markup=False, highlight=False)
                 self.told = moment
-        if status.get("state") == "FAILED":
+        if status.get("state") == "FAILED" and status["time"] >= self.began:  # not the last word of a resumed run
             pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")
             raise RunError(f"stage 2 failed: {status['failure']}; the controller's log: {log_of(pid)}")
         self._still_there()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from rich.console import Console
@@ -11,7 +13,8 @@ from rich.console import Console
 from actors.cluster import Cluster
 from actors.job import Job
 from rporec.config import parse_config
-from rporec.run import Run
+from rporec.files import write_json
+from rporec.run import Run, RunError
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,17 @@ def test_elsewhere_the_system_places_the_learner() -> None:
     for local, cuda in ((False, False), (True, True)):
         job = Job(Run(Path()), parse_config({}), Cluster("", "", local=local, cuda=cuda), Console())
         assert job.learner_cores() is None
+
+
+def test_a_resumed_run_does_not_end_of_what_it_once_failed_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from actors.reinforce import Watch
+
+    actors = [{"role": "controller", "pid": 1}]
+    write_json(tmp_path / "status.json", {"state": "FAILED", "failure": "then", "actors": actors, "time": time.time()})
+    monkeypatch.setattr(Watch, "_still_there", lambda self: None)
+    job = Job(Run(tmp_path), parse_config({}), Cluster("", "", local=True, cuda=False), Console(quiet=True))
+    watch = Watch(job, MagicMock(), MagicMock())  # of the controller it asks nothing here
+    watch()
+    write_json(tmp_path / "status.json", {"state": "FAILED", "failure": "now", "actors": actors, "time": time.time()})
+    with pytest.raises(RunError, match="stage 2 failed: now"):
+        watch()
