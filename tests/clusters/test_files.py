@@ -100,7 +100,7 @@ def test_ray_asks_for_a_token_and_keeps_its_dashboard_on_loopback(name):
     config = read(name)
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         (start,) = [command for command in config[key] if "ray start" in command]
-        assert "RAY_AUTH_MODE=token ray start" in start
+        assert re.search(r"RAY_AUTH_MODE=token (RAY_\w+=\d+ )?ray start", start)
         assert ("--dashboard-host=127.0.0.1" in start) == ("--head" in start)
     assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert any("export RAY_AUTH_MODE=token" in command for command in config["setup_commands"])
