@@ -43,7 +43,10 @@ def serving(run: Path, *words: str) -> Iterator[ServedRun]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "rporec.cli", "serve", str(run), "--port", str(port), *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background ignore it
+    )  # fmt: skip
     said: list[str] = []
     assert process.stdout is not None
     reader = threading.Thread(target=lambda: said.extend(process.stdout or ()), daemon=True)

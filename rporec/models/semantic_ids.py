@@ -15,30 +15,34 @@ import numpy as np
 from rporec.models.text_neighbours import TextVectors
 
 DIMENSIONS = 64  # of item vectors
+ROUNDS = 30  # of k-means
 
 
 def item_vectors(texts: Sequence[str], seed: int, dimensions: int = DIMENSIONS) -> np.ndarray:
     """float32 [N, D]: TF-IDF of the items' texts in their D main directions (latent semantic analysis)."""
-    from sklearn.decomposition import TruncatedSVD
+    from scipy.sparse.linalg import svds
 
     vectors = TextVectors.fit(texts).vectors
     size = min(dimensions, min(vectors.shape) - 1)
     if size < 1:
         return vectors.toarray().astype(np.float32)
-    return TruncatedSVD(size, random_state=seed).fit_transform(vectors).astype(np.float32)
+    start = np.random.default_rng(seed).normal(size=min(vectors.shape))
+    left, strength, _ = svds(vectors.astype(np.float64), size, v0=start)
+    return (left * strength)[:, ::-1].astype(np.float32)  # the strongest direction first
 
 
 def residual_codes(vectors: np.ndarray, levels: int, codes: int, seed: int) -> np.ndarray:
     """int64 [N, levels]: at each level the nearest of at most `codes` means of what is left of the vectors."""
-    from sklearn.cluster import KMeans
+    from scipy.cluster.vq import kmeans2
 
     residual = np.array(vectors, np.float32)
     chosen = np.empty((len(residual), levels), np.int64)
     for level in range(levels):
         distinct = len(np.unique(residual, axis=0))
-        means = KMeans(min(codes, distinct), n_init=1, random_state=seed + level).fit(residual)
-        chosen[:, level] = means.labels_
-        residual = residual - means.cluster_centers_[means.labels_]
+        rng = np.random.default_rng(seed + level)
+        means, nearest = kmeans2(residual, min(codes, distinct), iter=ROUNDS, minit="++", rng=rng)
+        chosen[:, level] = nearest
+        residual = residual - means[nearest]
     return chosen
 
 

@@ -18,7 +18,6 @@ import boto3
 import pytest
 import yaml
 from hosts import NETWORK, Hosts, interpreter_folders, missing
-from moto.server import ThreadedMotoServer
 
 pytestmark = [
     pytest.mark.cluster_hosts,
@@ -57,6 +56,8 @@ def hosts(tmp_path_factory):
 @pytest.fixture(scope="module")
 def aws(hosts):
     """The variables with which Ray finds this AWS."""
+    from moto.server import ThreadedMotoServer  # Flask's proxies break whoever looks through all modules, as vLLM does
+
     logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it has a line for every request
     server = ThreadedMotoServer(f"{NETWORK}.1", 0)
     server.start()
