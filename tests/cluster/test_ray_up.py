@@ -85,6 +85,7 @@ class User:
         return subprocess.Popen(
             ["bash", "-c", f"exec {command}" if re.match(r"[a-z]+ ", command) else command],
             cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
 
@@ -257,7 +258,8 @@ def test_a_training_on_hosts_of_its_own(user, step):
         assert not answers(hosts.address(HEAD), 8000)
 
     with step("ray down", "every host has the processes that it had before, and no more"):
-        tunnel.terminate()
+        os.killpg(tunnel.pid, signal.SIGTERM)  # as Ctrl-C would reach its SSH too, and what that runs on the head
+        tunnel.wait(30)
         user("ray down --yes clusters/ssh.yaml")
         assert {index: hosts.processes(index) for index in TYPES} == before
 
