@@ -1,4 +1,7 @@
-"""A training on hosts of its own, by the commands of README's section "A cluster": launched, grown, hit, shrunk, served."""
+"""A training on hosts of its own, by the commands of README's section "A cluster": launched, grown, hit, shrunk, served.
+
+`tests/clusters/test_readme.py` holds on every commit that they are the same.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,6 @@ class User:
     hosts: Hosts
     shared: Path
     port: int
-    typed: list[str]
     job: str = ""
 
     @property
@@ -64,7 +66,6 @@ class User:
         return self.shared / "runs/demo"
 
     def start(self, command: str) -> subprocess.Popen:
-        self.typed.append(command)
         names = {
             "clusters/ssh.yaml": str(self.hosts.folder / "ssh.yaml"),
             "configs/demo.yaml": str(self.shared / "demo.yaml"),  # where the head sees it too
@@ -128,7 +129,7 @@ def user(tmp_path_factory):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        yield User(hosts, shared, port, [])
+        yield User(hosts, shared, port)
 
 
 def _settings(hosts):
@@ -213,6 +214,7 @@ def test_a_training_on_hosts_of_its_own(user, step):
         user("ray exec clusters/ssh.yaml 'rporec scale /shared/runs/demo --rollout-workers 1'")
         user.wait(lambda status: len(alive(status, "rollout")) == 1, "one worker")
         wait(lambda: not all(hosts.ray_processes(index) for index in (ROLLOUT, SECOND)), 180, "an idle host leaves")
+        assert "RUNNING" in user("ray exec clusters/ssh.yaml 'rporec status /shared/runs/demo'")
 
     with step(
         "ray job stop", "it finishes its step and writes a checkpoint; every step once, every group accounted for"
@@ -246,11 +248,15 @@ def test_a_training_on_hosts_of_its_own(user, step):
             "rporec serve /shared/runs/demo --host 0.0.0.0 serve.token_file=/shared/token"
         )
         wait(lambda: ready(f"http://{hosts.address(HEAD)}:8000/readyz"), 180, "the service")
-        ask = (
-            'curl -sS http://10.0.0.10:8000/v1/recommend --json \'{"user_id": "u00000", "k": 3, "timeout_ms": 20000}\''
+        refused = httpx.post(f"http://{hosts.address(HEAD)}:8000/v1/recommend", json={"user_id": "u00000", "k": 3})
+        assert refused.status_code == 401
+        answer = json.loads(
+            user(
+                "curl -sS http://10.0.0.10:8000/v1/recommend "
+                '--json \'{"user_id": "u00000", "k": 3, "timeout_ms": 20000}\' '
+                '-H "Authorization: Bearer $(cat /shared/token)"'
+            )
         )
-        assert json.loads(user(ask))["status"] == 401
-        answer = json.loads(user(f'{ask} -H "Authorization: Bearer $(cat /shared/token)"'))
         assert answer["fallback"] is None
         assert len(answer["items"]) == 3
         assert answer["cot"]
@@ -262,16 +268,6 @@ def test_a_training_on_hosts_of_its_own(user, step):
         tunnel.wait(30)
         user("ray down --yes clusters/ssh.yaml")
         assert {index: hosts.processes(index) for index in TYPES} == before
-
-    assert set(user.typed) == readme_commands()
-
-
-def readme_commands() -> set[str]:
-    """Those of the section "A cluster", but for the setting of a variable, which every command here has."""
-    section = (ROOT / "README.md").read_text().partition("## A cluster\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```sh\n(.*?)```", section, re.S)
-    lines = [re.sub(r"\s+# .*", "", line) for block in blocks for line in block.splitlines()]
-    return {line for line in lines if not line.startswith("export ")}
 
 
 def cpu_seconds(hosts: Hosts, index: int, name: str) -> int:
