@@ -92,10 +92,18 @@ def token_logprobs(
     def score(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
         lm = _causal_lm(model)
         packed = packed.to(lm.device)
-        output = lm.get_decoder()(
-            input_ids=packed.input_ids, position_ids=packed.position_ids, use_cache=False, **_attention(lm, packed)
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)[packed.rows]
+        tokens, positions, rows = packed.input_ids, packed.position_ids, packed.rows
+        how: dict[str, Any] = {}
+        if not packed.causal and shared_prefix.install(lm):
+            prefix = packed.prefix
+            tokens, positions = (one.flatten()[prefix.tokens][None] for one in (tokens, positions))
+            rows = prefix.find(rows)
+            nothing = torch.zeros(1, 1, 1, 1, dtype=lm.dtype, device=tokens.device)  # so that no mask is made
+            how = {"packed": prefix, "attention_mask": nothing}
+        elif not packed.causal:
+            how = {"attention_mask": _attention_mask(lm, packed)}
+        output = lm.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False, **how)
+        hidden = output.last_hidden_state.flatten(0, 1)[rows]
         return _score_chunks(lm, hidden, packed.labels, temperature, with_entropy, budget)
 
     return _through(model, score)(packed)
@@ -161,16 +169,11 @@ def _through(model: nn.Module, function: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def _attention(lm: Any, packed: Packed) -> dict[str, Any]:
-    """What the decoder is told of who sees whom: nothing for causal rows, else their layout or additive 4-D masks.
+def _attention_mask(lm: Any, packed: Packed) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive 4-D masks of packed rows, as the decoder takes them.
 
     transformers uses a 4-D mask as it is, in sliding layers too, so windows are cut in here.
     """
-    if packed.causal:
-        return {}
-    if shared_prefix.install(lm):
-        nothing = torch.zeros(1, 1, 1, 1, dtype=lm.dtype, device=packed.input_ids.device)  # so that none is made
-        return {"attention_mask": nothing, "packed": packed.prefix}
 
     def additive(window: int | None) -> torch.Tensor:
         blocked = ~packed.allowed(window)
@@ -182,8 +185,8 @@ def _attention(lm: Any, packed: Packed) -> dict[str, Any]:
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if "sliding_attention" in kinds:
-        return {"attention_mask": {"full_attention": additive(None), "sliding_attention": additive(window)}}
-    return {"attention_mask": additive(None if kinds else window)}
+        return {"full_attention": additive(None), "sliding_attention": additive(window)}
+    return additive(None if kinds else window)
 
 
 def _score_chunks(

@@ -2,7 +2,8 @@
 
 A mask over a whole row of one prompt of P tokens and completions of C_1, C_2, … costs (P + ΣC)² products; the parts
 that it lets through are P² / 2 + Σ C (P + C), a third of that for 8 completions of 48 tokens behind 256. Completions
-are taken together with those of about their length, so that a long one pads few.
+are taken together with those of about their length, so that a long one pads few; everything but attention reads the
+tokens of all rows as one sequence without padding.
 
 It is one of transformers' attention functions, which hand on the keyword `packed` from the decoder's call; without
 it, it is `sdpa`.
@@ -27,8 +28,8 @@ NAME = "rporec_shared_prefix"
 class Completions:
     """R completions, padded to the C tokens of the longest, behind prompts that are padded to P."""
 
-    prompts: torch.Tensor  # int64 [R], the row of each
-    tokens: torch.Tensor  # int64 [R, C] in the flattened rows [B * L]; of padding the completion's first
+    prompts: torch.Tensor  # int64 [R, P], where the prompt's tokens lie
+    tokens: torch.Tensor  # int64 [R, C], where its own lie; of padding the completion's first
     seen: torch.Tensor  # bool [R, 1, C, P + C]
     distance: torch.Tensor  # int64 [R, C, P + C], from the position of a key to that of the query
 
@@ -39,34 +40,48 @@ class Completions:
 
 
 class SharedPrefix:
-    """Where the parts of packed rows lie, from the branch of every token (see `rporec.models.policy.Packed`)."""
+    """Where the parts of packed rows lie among their N tokens, one behind the other without padding."""
 
     def __init__(self, branches: torch.Tensor) -> None:
-        """branches: int64 [B, L], 0 in prompts, c + 1 in the c-th completion of a row, negative in padding."""
+        """branches: int64 [B, L], of every token as in `rporec.models.policy.Packed`: 0 in prompts, c + 1 in the c-th
+        completion of a row, negative in padding."""
         rows, length = branches.shape
-        self.prompt = int((branches == 0).sum(1).max())
         flat = branches.flatten()
-        inside = (flat > 0).nonzero()[:, 0]
-        new = torch.ones_like(inside, dtype=torch.bool)
-        new[1:] = (flat[inside[1:]] != flat[inside[:-1]]) | (inside[1:] // length != inside[:-1] // length)
-        starts = inside[new]
-        lengths = torch.diff(new.nonzero()[:, 0], append=new.new_tensor([len(inside)], dtype=torch.int64))
+        self.tokens = (flat >= 0).nonzero()[:, 0]  # [N] in the flattened rows
+        self._order = torch.full_like(flat, -1)
+        self._order[self.tokens] = torch.arange(len(self.tokens), device=flat.device)
         prompts = (branches == 0).sum(1)
+        self.prompt = int(prompts.max())
+        step = torch.arange(self.prompt, device=flat.device)
+        inside = step < prompts[:, None]
+        self.front = self._order.view(rows, length)[:, :1] + torch.where(inside, step, 0)  # [B, P]
 
-        # The output of a token of a prompt, or of padding behind one, lies where `places` finds it among the prompts'.
-        at = torch.arange(rows * length, device=branches.device)
-        self.places = at // length * self.prompt + (at % length).clamp(max=self.prompt - 1)
+        row, branch = self.tokens // length, flat[self.tokens]
+        new = torch.ones_like(branch, dtype=torch.bool)
+        new[1:] = (branch[1:] != branch[:-1]) | (row[1:] != row[:-1])
+        starts = new.nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([len(branch)]))
+        starts, lengths = (one[branch[starts] > 0] for one in (starts, lengths))
+
+        # Where the output of each token lies: among the prompts', or in one of the parts behind them.
+        self.places = torch.empty_like(self.tokens)
+        self.places[self.front[inside]] = inside.flatten().nonzero()[:, 0]
         self.parts: list[Completions] = []
-        offset = rows * self.prompt
+        offset = inside.numel()
         size = lengths.float().log2().ceil()
         for one in size.unique().tolist():
             chosen = size == one
-            part = _completions(starts[chosen], lengths[chosen], prompts, length, self.prompt)
-            whole = torch.arange(part.tokens.shape[1], device=at.device) < lengths[chosen, None]
+            owner = row[starts[chosen]]
+            part = _completions(starts[chosen], lengths[chosen], self.front[owner], prompts[owner])
+            whole = torch.arange(part.tokens.shape[1], device=flat.device) < lengths[chosen, None]
             self.places[part.tokens[whole]] = offset + whole.flatten().nonzero()[:, 0]
             offset += part.tokens.numel()
             self.parts.append(part)
         self._masks: dict[Any, list[torch.Tensor]] = {}
+
+    def find(self, rows: torch.Tensor) -> torch.Tensor:
+        """Places among the N tokens of places in the flattened rows."""
+        return self._order[rows]
 
     def masks(self, window: int | None, dtype: torch.dtype) -> list[torch.Tensor]:
         """Of each of the parts; the layers of a model share them."""
@@ -77,12 +92,9 @@ class SharedPrefix:
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
     ) -> torch.Tensor:
-        """query [B, H, L, D], key and value [B, K, L, D] with K a divisor of H; returns [B, L, H, D]."""
-        rows, heads, length, _ = query.shape
-        query, key, value = (one.transpose(1, 2) for one in (query, key, value))
-        repeats = heads // key.shape[2]
-        flat = [one.flatten(0, 1) for one in (query, key, value)]
-        front = [one[:, : self.prompt] for one in (query, key, value)]
+        """query [1, H, N, D], key and value [1, K, N, D] with K a divisor of H; returns [1, N, H, D]."""
+        flat = [one[0].transpose(0, 1) for one in (query, key, value)]
+        repeats = query.shape[1] // key.shape[1]
 
         def result(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **how: Any) -> torch.Tensor:
             key, value = (_repeated(one, repeats).transpose(1, 2) for one in (key, value))
@@ -90,12 +102,12 @@ class SharedPrefix:
             return found.transpose(1, 2).flatten(0, 1)
 
         narrow = window is not None and window < self.prompt
-        outputs = [result(*front, **({"attn_mask": self._band(window, query)} if narrow else {"is_causal": True}))]
+        how: dict[str, Any] = {"attn_mask": self._band(window, query)} if narrow else {"is_causal": True}
+        outputs = [result(*(one[self.front] for one in flat), **how)]
         for part, mask in zip(self.parts, self.masks(window, query.dtype), strict=True):
-            own = [one[part.tokens] for one in flat]
-            behind = [torch.cat([one[part.prompts], mine], 1) for one, mine in zip(front[1:], own[1:], strict=True)]
-            outputs.append(result(own[0], *behind, attn_mask=mask))
-        return torch.cat(outputs).index_select(0, self.places).unflatten(0, (rows, length))
+            keys = torch.cat([part.prompts, part.tokens], 1)
+            outputs.append(result(flat[0][part.tokens], flat[1][keys], flat[2][keys], attn_mask=mask))
+        return torch.cat(outputs).index_select(0, self.places)[None]
 
     def _band(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
         """bool [P, P]: what a token of a prompt sees within a window."""
@@ -105,19 +117,18 @@ class SharedPrefix:
 
 
 def _completions(
-    starts: torch.Tensor, lengths: torch.Tensor, prompts: torch.Tensor, length: int, prompt: int
+    starts: torch.Tensor, lengths: torch.Tensor, prompts: torch.Tensor, prompt_lengths: torch.Tensor
 ) -> Completions:
-    """starts, lengths: int64 [R] in the flattened rows of `length` tokens; prompts: tokens of each row's, P at most."""
-    rows = starts // length
+    """starts, lengths, prompt_lengths: int64 [R]; prompts: int64 [R, P], as of `Completions`."""
     step = torch.arange(int(lengths.max()), device=starts.device)
     inside = step < lengths[:, None]  # [R, C]
-    before = torch.arange(prompt, device=starts.device)
+    before = torch.arange(prompts.shape[1], device=starts.device)
     own = (step[None, :] <= step[:, None]) & inside[:, None]  # [R, C, C]
-    front = (before < prompts[rows, None])[:, None].expand(-1, len(step), -1)
-    position = prompts[rows, None] + step  # [R, C], of queries and own keys
-    keys = torch.cat([before.expand(len(rows), -1), position], 1)
+    front = (before < prompt_lengths[:, None])[:, None].expand(-1, len(step), -1)
+    position = prompt_lengths[:, None] + step  # [R, C], of queries and own keys
+    keys = torch.cat([before.expand(len(starts), -1), position], 1)
     return Completions(
-        prompts=rows,
+        prompts=prompts,
         tokens=starts[:, None] + torch.where(inside, step, 0),
         seen=torch.cat([front, own], 2)[:, None],
         distance=position[:, :, None] - keys[:, None],

@@ -25,17 +25,22 @@ def test_parts_are_what_a_mask_over_the_row_gives(window):
     key, value = (
         torch.randn(shape[0], HEADS // SHARED_BY, *shape[1:], generator=generator, requires_grad=True) for _ in range(2)
     )
-    real = packed.branches >= 0
+    prefix = SharedPrefix(packed.branches)
 
-    found = SharedPrefix(packed.branches).attend(query, key, value, 0.3, window)
+    def dense(one):
+        """Without padding: [B, H, L, D] as [1, H, N, D]."""
+        return one.transpose(1, 2).flatten(0, 1)[prefix.tokens].transpose(0, 1)[None]
+
+    found = prefix.attend(dense(query), dense(key), dense(value), 0.3, window)[0]
     repeated = (one.repeat_interleave(SHARED_BY, 1) for one in (key, value))
     wanted = scaled_dot_product_attention(query, *repeated, attn_mask=packed.allowed(window), scale=0.3).transpose(1, 2)
-    torch.testing.assert_close(found[real], wanted[real])
+    wanted = wanted.flatten(0, 1)[prefix.tokens]
+    torch.testing.assert_close(found, wanted)
 
-    weights = torch.randn(found[real].shape, generator=generator)
+    weights = torch.randn(found.shape, generator=generator)
     for mine, theirs in zip(
-        torch.autograd.grad((found[real] * weights).sum(), (query, key, value)),
-        torch.autograd.grad((wanted[real] * weights).sum(), (query, key, value)),
+        torch.autograd.grad((found * weights).sum(), (query, key, value)),
+        torch.autograd.grad((wanted * weights).sum(), (query, key, value)),
         strict=True,
     ):
         torch.testing.assert_close(mine, theirs)
