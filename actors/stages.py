@@ -278,7 +278,7 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
 
 def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool) -> dict[str, Any]:
     """The table of all methods and the report, of what is there; needs no cluster."""
-    from rporec.evaluation.table import print_table
+    from rporec.evaluation.terminal import print_table
     from rporec.recipes.evaluation import evaluate
     from rporec.report.html import write_report
 
