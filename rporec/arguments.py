@@ -132,6 +132,23 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--address", help="Ray cluster to join")
 
+    help = "train and evaluate one (config, data set, seed) into one result file; call it again to go on"
+    study = add(commands, "study", help)
+    study.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
+    study.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
+    study.add_argument("--data", metavar="DIR|URL", help="as for train")
+    study.add_argument("--seed", type=int, metavar="N", help="(default: the config's)")
+    study.add_argument("--out", type=Path, default=Path("docs/study"), metavar="DIR", help="(default: docs/study)")
+    study.add_argument("--runs", type=Path, default=Path("runs/study"), metavar="DIR", help="(default: runs/study)")
+    study.add_argument(
+        "--tables",
+        type=Path,
+        nargs="?",
+        const=Path("docs/study"),
+        metavar="DIR",
+        help="print the Markdown tables of the results in DIR (default: docs/study), and do nothing else",
+    )
+
     status = add(commands, "status", "what a run is doing now")
     status.add_argument("run", type=Path, metavar="RUN")
     status.add_argument("--json", action="store_true")

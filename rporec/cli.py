@@ -35,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rporec: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last checkpoint" if options.command == "train" else ""
+        hints = {"train": "; --resume goes on from the last checkpoint", "study": "; the same command goes on"}
+        hint = hints.get(options.command, "")
         print(f"rporec: stopped{hint}", file=sys.stderr)
         return 130
 
@@ -127,12 +128,7 @@ def _counts(manifest: dict[str, Any]) -> str:
 
 # --- train, evaluate ---------------------------------------------------------------------------
 def _train(options: argparse.Namespace) -> int:
-    from rporec.data.remote import is_url
-
-    overrides = [*options.overrides]
-    if options.data is not None:
-        where = options.data if is_url(options.data) else str(Path(options.data).absolute())
-        overrides.append(f"data.path={json.dumps(where)}")
+    overrides = [*options.overrides, *_data_path(options)]
     config = load_config(options.config, overrides)
     stages = options.stages.split(",") if options.stages else list(STAGES)
     submission = importlib.import_module("actors.submission")
@@ -147,12 +143,26 @@ def _train(options: argparse.Namespace) -> int:
     _check_stages(stages, run)
     _check_inputs(config)
     run = Run.create(run.folder, config, resume=options.resume)
+    _train_stages(run, config, stages, address)
+    return 0
+
+
+def _data_path(options: argparse.Namespace) -> list[str]:
+    """What `--data` overrides."""
+    from rporec.data.remote import is_url
+
+    if options.data is None:
+        return []
+    where = options.data if is_url(options.data) else str(Path(options.data).absolute())
+    return [f"data.path={json.dumps(where)}"]
+
+
+def _train_stages(run: Run, config: Config, stages: list[str], address: str | None) -> None:
     try:
         importlib.import_module("actors.launch").train(run, config, stages, address, _console())
     except Exception:
         run.discard_if_empty()  # faulty data, say: nothing is there to resume
         raise
-    return 0
 
 
 def _check_stages(stages: list[str], run: Run) -> None:
@@ -193,6 +203,36 @@ def _evaluate(options: argparse.Namespace) -> None:
     importlib.import_module("actors.launch").evaluate(
         run, config, ablations=options.ablations, address=_address(options), console=_console()
     )
+
+
+def _study(options: argparse.Namespace) -> None:
+    from rporec import study
+    from rporec.evaluation.terminal import print_table
+
+    if options.tables is not None:
+        if options.config is not None:
+            raise ConfigError(f"study: --tables takes no CONFIG.yaml (got {options.config})")
+        print(study.markdown(options.tables))
+        return
+    if options.config is None:
+        raise ConfigError("study: say CONFIG.yaml, or --tables")
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    config = load_config(options.config, [*study.DEFAULTS, *options.overrides, *_data_path(options), *seed])
+    path = study.result_path(options.out, config)
+    if (result := study.finished(options.out, config)) is None:
+        _check_inputs(config)
+        folder = options.runs / path.stem
+        run = Run.create(folder, config, resume=(folder / "config.json").is_file())
+        if stages := [stage for stage in STAGES if stage != "evaluate" and not run.finished(stage)]:
+            _train_stages(run, config, stages, None)
+        evaluate = importlib.import_module("actors.launch").evaluate
+        evaluate(run, config, ablations=True, address=None, console=_console())
+        data = ["--data", name] if (name := study.data_name(config)) else []
+        words = ["rporec", "study", str(options.config), *options.overrides, *data, "--seed", str(config.seed)]
+        study.write_result(options.out, run, config, words)
+    else:
+        print_table(result.summary, _console())
+    print(path)
 
 
 # --- one role of a run alone ---------------------------------------------------------------------
@@ -332,6 +372,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "data download": _data_download,
     "train": _train,
     "evaluate": _evaluate,
+    "study": _study,
     "status": _status,
     "scale": _scale,
     "plan": _plan,

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean
+from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean, per_user
 from rporec.evaluation.ranking import hit, ndcg, ranks
 from rporec.files import replacing, write_json
 
@@ -29,6 +29,7 @@ Convention = Literal["exclude_history", "all"]
 CONVENTIONS: tuple[Convention, ...] = ("exclude_history", "all")
 CUTS = (1, 3, 5, 10, 20, 50)
 METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTS)
+SUMMED = ("ndcg@10", "hr@10")  # what is compared in pairs, and pooled over seeds
 
 SCHEMA = pa.schema(
     [
@@ -119,6 +120,12 @@ DEFAULT_PAIRS = (
 )
 
 
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Known methods first, as METHOD_ORDER has them, then the rest as they came."""
+    place = {name: number for number, name in enumerate(METHOD_ORDER)}
+    return sorted(methods, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
+
+
 class RankTable:
     """Ranks by (method, convention, sample), kept as Arrow; the only thing that metrics are made from."""
 
@@ -133,10 +140,8 @@ class RankTable:
 
     @property
     def methods(self) -> list[str]:
-        """Names present, in the order of the table: known methods first, then the rest as they came."""
-        present = pc.unique(self.table["method"]).to_pylist()
-        place = {name: number for number, name in enumerate(METHOD_ORDER)}
-        return sorted(present, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
+        """Names present, in the order of the table."""
+        return in_order(pc.unique(self.table["method"]).to_pylist())
 
     def add(
         self, dataset: Dataset, method: str, convention: Convention, samples: np.ndarray, ranks: np.ndarray
@@ -232,19 +237,7 @@ def _summary(
     rows: pa.Table, methods: Sequence[str], pairs: Sequence[tuple[str, str]], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Metrics and paired differences of one convention, from one set of resamples."""
-    names, method = np.unique(np.asarray(rows["method"]).astype(str), return_inverse=True)
-    samples, first, sample = np.unique(np.asarray(rows["sample"]), return_index=True, return_inverse=True)
-    users = np.asarray(rows["user_id"]).astype(str)[first]
-    at = np.asarray(rows["rank"])
-    row_values = np.stack([f(at, k) for f in (ndcg, hit) for k in CUTS], axis=1)  # [rows, metrics]
-
-    cell = method * len(samples) + sample
-    sizes = np.bincount(cell, minlength=len(names) * len(samples))
-    with np.errstate(invalid="ignore"):  # 0 / 0: a sample that a method lacks is NaN
-        cells = [np.bincount(cell, weights=v, minlength=len(sizes)) / sizes for v in row_values.T]
-    values = np.stack(cells, axis=1).reshape(len(names), len(samples), len(METRICS))
-    by_method = dict(zip(names.tolist(), values, strict=True))
-
+    by_method, users = _sample_values(rows)
     present = [m for m in methods if m in by_method]
     compared = [(a, b) for a, b in pairs if a in by_method and b in by_method]
     compared = [(a, b) for a, b in compared if not np.isnan(by_method[a] - by_method[b]).all()]
@@ -253,11 +246,25 @@ def _summary(
     estimate = bootstrap_mean(columns, users, resamples=resamples, seed=seed)
     block = {key: i * len(METRICS) for i, key in enumerate([*present, *compared])}
     return {
-        "samples": len(samples),
+        "samples": len(users),
         "users": len(np.unique(users)),
         "methods": {m: _method_entry(estimate, block[m], int((~np.isnan(by_method[m][:, 0])).sum())) for m in present},
         "paired": {f"{a}-{b}": _paired_entry(estimate, block[a, b]) for a, b in compared},
     }
+
+
+def _sample_values(rows: pa.Table) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(by method the METRICS of each sample [n, metrics], NaN where it lacks one; the user of each sample [n])."""
+    names, method = np.unique(np.asarray(rows["method"]).astype(str), return_inverse=True)
+    samples, first, sample = np.unique(np.asarray(rows["sample"]), return_index=True, return_inverse=True)
+    at = np.asarray(rows["rank"])
+    row_values = np.stack([f(at, k) for f in (ndcg, hit) for k in CUTS], axis=1)  # [rows, metrics]
+    cell = method * len(samples) + sample
+    sizes = np.bincount(cell, minlength=len(names) * len(samples))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        cells = [np.bincount(cell, weights=v, minlength=len(sizes)) / sizes for v in row_values.T]
+    values = np.stack(cells, axis=1).reshape(len(names), len(samples), len(METRICS))
+    return dict(zip(names.tolist(), values, strict=True)), np.asarray(rows["user_id"]).astype(str)[first]
 
 
 def _method_entry(estimate: Estimate, start: int, samples: int) -> dict[str, Any]:
@@ -275,6 +282,25 @@ def _paired_entry(estimate: Estimate, start: int) -> dict[str, Any]:
         entry[metric] = float(estimate.value[i])
         entry[interval] = [float(estimate.low[i]), float(estimate.high[i])]
     return entry
+
+
+def user_sums(table: RankTable, convention: Convention) -> pa.Table:
+    """One row a method and user: `samples`, and the sums of its NDCG@10 and HR@10 over them.
+
+    As much as means, paired differences and the bootstrap over users need of the ranks.
+    """
+    by_method, users = _sample_values(table.table.filter(pc.equal(table.table["convention"], convention)))
+    labels, owner = np.unique(users, return_inverse=True)
+    parts = []
+    for name in filter(by_method.__contains__, table.methods):
+        values = by_method[name][:, [METRICS.index(metric) for metric in SUMMED]]
+        present = ~np.isnan(values[:, :1])
+        counts, sums = (per_user(v, owner, len(labels)) for v in (present.astype(float), np.nan_to_num(values)))
+        columns = [pa.array([name] * len(labels)), pa.array(labels), pa.array(counts[:, 0].astype(np.int32))]
+        parts.append(
+            pa.Table.from_arrays([*columns, *map(pa.array, sums.T)], ["method", "user_id", "samples", *SUMMED])
+        )
+    return pa.concat_tables(parts)
 
 
 def write_metrics(summary: dict[str, Any], path: Path | str) -> None:

@@ -20,7 +20,7 @@ FLOORS = (
     ("rporec.text", "rporec.run", "rporec.status", "rporec.promotion"),
     ("rporec.models", "rporec.report"),
     ("rporec.rl", "rporec.baselines"),
-    ("rporec.recipes", "rporec.envs", "rporec.export", "rporec.doctor", "rporec.plan"),
+    ("rporec.recipes", "rporec.envs", "rporec.export", "rporec.doctor", "rporec.plan", "rporec.study"),
     ("actors",),
     ("serve",),
     ("rporec.arguments", "rporec.cli"),
