@@ -1,8 +1,8 @@
-"""Stage 1: what the RecHead is trained on, and the head itself."""
+"""Stage 1, and what comes after RL: what a RecHead is trained on, and the head itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,12 @@ class HeadData:
         return HeadData(self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
 
 
-def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1") -> HeadData:
-    """The head slice and validation with what the LLM of `stage` wrote for them."""
-    train, targets = _part(recipe, run.completions(stage, "head"))
+def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1", slices: Sequence[str] = ("head",)) -> HeadData:
+    """The training slices named and validation, with what the LLM of `stage` wrote for them."""
+    parts = [_part(recipe, run.completions(stage, name)) for name in slices]
+    train = HeadInputs.concatenate([inputs for inputs, _ in parts])
     valid, valid_targets = _part(recipe, run.completions(stage, "valid"))
-    return HeadData(train, targets, valid, valid_targets)
+    return HeadData(train, np.concatenate([targets for _, targets in parts]), valid, valid_targets)
 
 
 def history_data(recipe: StagedRecipe) -> HeadData:
@@ -116,6 +117,12 @@ def train_stage_head(
                 final.experts = Experts.fit(dataset, rows_of(dataset, known))
             final.weights = dict(head.weights)
             final.save(run.head(f"{name}_refit"))
+
+
+def is_trained(run: Run, recipe: StagedRecipe, name: str) -> bool:
+    """Whether the head is there, and its refitted one, which is saved after it."""
+    wanted = [name, f"{name}_refit"] if recipe.config.head.refit == "train+valid" else [name]
+    return all(run.head(folder).is_dir() for folder in wanted)
 
 
 def final_head(run: Run, recipe: StagedRecipe, name: str) -> RecHead:
