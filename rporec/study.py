@@ -111,7 +111,7 @@ def write_result(out: Path, run: Run, config: Config, command: Sequence[str]) ->
         "command": list(command),
         **metrics,
         "dataset": {**metrics["dataset"], "path": data_name(config)},
-        "conventions": {headline: metrics["conventions"][headline]},
+        "conventions": {headline: _shortened(metrics["conventions"][headline])},
         "stages": read_json(run.folder / "stages.json"),
         "config": _portable(config).model_dump(mode="json"),
         "revision": _revision(),
@@ -122,6 +122,18 @@ def write_result(out: Path, run: Run, config: Config, command: Sequence[str]) ->
         pq.write_table(user_sums(RankTable.read(run.folder / "ranks.parquet"), headline), temporary, compression="zstd")
     write_json(path, summary)
     return Result(path, summary)
+
+
+def _shortened(table: dict[str, Any]) -> dict[str, Any]:
+    """Of its tables by kind of target NDCG@10 and HR@10 alone: whole they would be four fifths of the file."""
+    kept = {"samples", *SUMMED, *(f"{metric}_ci" for metric in SUMMED)}
+
+    def short(part: dict[str, Any]) -> dict[str, Any]:
+        methods = {name: {k: v for k, v in entry.items() if k in kept} for name, entry in part["methods"].items()}
+        return {**part, "methods": methods}
+
+    strata = {name: short(part) for name, part in table["by_popularity"].items()}
+    return {**table, "cold": short(table["cold"]), "by_popularity": strata}
 
 
 def _portable(config: Config) -> Config:

@@ -35,7 +35,9 @@ def result(tmp_path: Path, config: Config, ranks: dict[str, np.ndarray]) -> Resu
     ]
     table = RankTable(pa.Table.from_pylist(rows))
     table.write(run.folder / "ranks.parquet")
-    summary = metrics(table, {"path": f"{tmp_path}/films"}, "test", [config.seed], "all", strata={"head": ["i"]})
+    summary = metrics(
+        table, {"path": f"{tmp_path}/films"}, "test", [config.seed], "all", cold=["i"], strata={"head": ["i"]}
+    )
     write_metrics(summary, run.folder / "metrics.json")
     write_json(run.folder / "stages.json", {"warmup": {"seconds": 3.5}})
     return write_result(tmp_path / "study", run, config, ["rporec", "study", "small.yaml", "--seed", str(config.seed)])
@@ -95,6 +97,8 @@ def test_a_result_says_how_it_came_about_and_nothing_of_this_machine(tmp_path):
     assert made.summary["stages"] == {"warmup": {"seconds": 3.5}}
     assert {"python", "torch", "numpy"} <= made.summary["versions"].keys()
     assert set(made.summary["conventions"]) == {"all"}
+    assert "ndcg@5" in made.table["methods"]["popularity"]
+    assert set(made.table["by_popularity"]["head"]["methods"]["popularity"]) >= {"ndcg@10", "ndcg@10_ci", "samples"}
     said = made.path.read_text()
     assert "/somewhere" not in said
     assert str(tmp_path) not in said
