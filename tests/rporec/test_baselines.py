@@ -19,6 +19,7 @@ from rporec.config import BASELINES, SyntheticConfig
 from rporec.data import Dataset, build
 from rporec.data.synthetic import write_synthetic
 from rporec.evaluation.cold import held_rows
+from rporec.models.head_inputs import HeadInputs
 
 DAY = 86_400
 PARAMETERS = {
@@ -137,7 +138,8 @@ def test_text_neighbours_may_include_the_item_itself(world):
 def test_the_blend_is_the_weighted_sum_of_its_components(world, validation):
     model = fitted("text_rules", world)
     test = world.split("test")[:20]
-    parts = model.components(world, test)
+    inputs = HeadInputs.without_text([world.seen(int(sample)) for sample in test], world.times(test))
+    parts = model.experts.features(inputs)
     expected = sum(weight * parts[name] for name, weight in model.weights.items())
     assert np.allclose(model.scores(world, test), expected, atol=1e-5)
     found = tune(Blend(), world, world.split("train"), validation)
