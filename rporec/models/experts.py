@@ -55,16 +55,24 @@ class Experts:
     @classmethod
     def fit(cls, dataset: Dataset, rows: np.ndarray) -> Experts:
         """rows: positions in `dataset.items` that may be used, ascending (see `rows_of`)."""
+        texts = [dataset.catalog.text(item) for item in range(len(dataset.catalog))]
+        return cls._counted(dataset, rows, TextVectors.fit(texts).neighbours())
+
+    def refitted(self, dataset: Dataset, rows: np.ndarray) -> Experts:
+        """`fit` on other rows of the same data set."""
+        return self._counted(dataset, rows, self.neighbours)
+
+    @classmethod
+    def _counted(cls, dataset: Dataset, rows: np.ndarray, neighbours: sp.csr_matrix) -> Experts:
         order = np.argsort(dataset.timestamps[rows], kind="stable")
         times = dataset.timestamps[rows][order]
         age = (times[-1] - times).astype(np.float64) if len(times) else np.ones(1)
-        half_lives = {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()}
         return cls(
             transitions(dataset, rows),
-            TextVectors.fit([dataset.catalog.text(item) for item in range(len(dataset.catalog))]).neighbours(),
+            neighbours,
             dataset.items[rows][order].astype(np.int32),
             times.astype(np.int64),
-            half_lives,
+            {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()},
             len(dataset.catalog),
         )
 

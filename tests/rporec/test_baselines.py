@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rporec.baselines import family
-from rporec.baselines.family import Validation, tune, tuning_samples
+from rporec.baselines.family import Validation, tune
 from rporec.baselines.gru4rec import GRU4Rec
 from rporec.baselines.item_to_item import EASE, EVERY, Rules, TextKNN
 from rporec.baselines.popularity import Popularity, Recent
@@ -17,6 +17,7 @@ from rporec.baselines.store import BaselineStore, families
 from rporec.baselines.text_rules import Blend
 from rporec.config import BASELINES, SyntheticConfig
 from rporec.data import Dataset, build
+from rporec.data.slices import tuning_samples
 from rporec.data.synthetic import write_synthetic
 from rporec.evaluation.cold import held_rows
 from rporec.models.head_inputs import HeadInputs
@@ -214,9 +215,10 @@ def test_tuning_takes_the_first_of_the_best_and_leaves_a_path_that_does_not_impr
 
 def test_candidates_are_fitted_as_far_from_validation_as_the_last_fit_is_from_test(world):
     train = world.split("train")
-    assert np.array_equal(tuning_samples(world), train[: len(train) - len(train) // 8])
+    assert np.array_equal(tuning_samples(world, refit=False), train[: len(train) - len(train) // 8])
+    assert np.array_equal(tuning_samples(world, refit=True), train)
     left_out = replace(world, manifest={"settings": {"split": "leave-one-out"}})
-    assert np.array_equal(tuning_samples(left_out), train)
+    assert np.array_equal(tuning_samples(left_out, refit=False), train)
 
 
 def test_the_store_tunes_and_fits_once(tmp_path, world, monkeypatch):
