@@ -126,6 +126,7 @@ class HeadConfig(Section):
     batch_size: int = Field(128, ge=1)
     epochs: int = Field(20, ge=1)
     patience: int = Field(3, ge=1)  # epochs without a better validation NDCG
+    samples: Literal["slice", "before_rl"] = "slice"  # before_rl: with all others before the RL slice, without text
     workers: int = Field(1, ge=1)
     refit: Literal["none", "train+valid"] = "none"
     refreshed: bool = (

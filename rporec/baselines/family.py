@@ -110,14 +110,3 @@ def tune(
             if waited >= PATIENCE:
                 break
     return Tuned(best.parameters, best.ndcg, tried)
-
-
-def tuning_samples(dataset: Dataset) -> np.ndarray:
-    """The training samples that candidates are fitted on: without the newest eighth, if splits follow time.
-
-    Test lies a validation split after the last training sample. Candidates that were fitted right up to
-    validation would be chosen for a nearness that test does not have, and what forgets fast would win.
-    """
-    train = dataset.split("train")
-    follows_time = dataset.manifest.get("settings", {}).get("split") != "leave-one-out"
-    return train[: len(train) - len(train) // 8] if follows_time else train

@@ -17,7 +17,7 @@ from scipy.linalg import lapack
 
 from rporec.baselines.family import Baseline, Parameters, Validation
 from rporec.evaluation.cold import rows_of
-from rporec.models.experts import newest, ones, transitions
+from rporec.models.experts import newest, ones, shrunken, transitions
 from rporec.models.text_neighbours import TextVectors
 
 if TYPE_CHECKING:
@@ -165,13 +165,6 @@ class TextKNN(LinearFamily):
         near = TextVectors.fit([dataset.catalog.text(item) for item in range(size)]).neighbours()
         for itself in (False, True) if choices is None else [choices["itself"]]:
             yield {"itself": itself}, near + sp.eye(size, format="csr", dtype=np.float32) if itself else near
-
-
-def shrunken(counts: sp.csr_matrix, shrinkage: float) -> sp.csr_matrix:
-    """Each row of `counts` divided by its sum plus `shrinkage`."""
-    support = np.asarray(counts.sum(axis=1)).ravel() + np.float32(shrinkage)
-    rows = np.repeat(np.arange(len(support)), np.diff(counts.indptr))
-    return sp.csr_matrix((counts.data / support[rows], counts.indices, counts.indptr), counts.shape)
 
 
 def _taken(dataset: Dataset, samples: np.ndarray) -> sp.csr_matrix:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rporec.baselines.family import Baseline, Family, Parameters, Validation, tune, tuning_samples
+from rporec.baselines.family import Baseline, Family, Parameters, Validation, tune
 from rporec.baselines.item_to_item import EASE_ITEMS
 from rporec.config import BASELINES
+from rporec.data.slices import tuning_samples
 from rporec.files import read_json, replacing, write_json
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class BaselineStore:
         self.folder, self.dataset, self.progress = folder, dataset, progress
         self.validation = Validation.of(dataset, exclude_history=exclude_history)
         train, valid = dataset.split("train"), dataset.split("valid")
+        self.tuning = tuning_samples(dataset, refit=refit)
         self.samples = np.sort(np.concatenate([train, valid])) if refit else train
 
     def fitted(self, family: Family, seeds: Sequence[int]) -> list[Baseline]:
@@ -79,7 +81,7 @@ class BaselineStore:
             self.progress(f"{family.name}: candidate {tried}, validation NDCG@10 {value:.4f}")
 
         self.progress(f"{family.name}: tuning")
-        found = tune(family, self.dataset, tuning_samples(self.dataset), self.validation, progress=report)
+        found = tune(family, self.dataset, self.tuning, self.validation, progress=report)
         record = {
             "parameters": found.parameters,
             "valid_ndcg@10": found.ndcg,

@@ -1,4 +1,4 @@
-"""Training data cut by time: warm-up | head | RL.
+"""Training data cut by time: warm-up | head | RL, and what is fitted while validation chooses.
 
 A head trained on rationales that the target shaped learns to trust leaked answers, and RL on prompts
 that it has seen finds nothing left to gain. So the three see different samples, oldest first.
@@ -7,10 +7,14 @@ that it has seen finds nothing left to gain. So the three see different samples,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from rporec.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from rporec.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,7 @@ class TrainSlices:
     warmup: np.ndarray
     head: np.ndarray
     rl: np.ndarray
+    before_rl: np.ndarray  # all samples before the RL slice, whatever was cut
 
 
 def train_slices(train: np.ndarray, config: Config) -> TrainSlices:
@@ -38,7 +43,22 @@ def train_slices(train: np.ndarray, config: Config) -> TrainSlices:
             f"slices: {len(train)} training samples leave {len(warmup)} for warm-up, {len(head)} for the head, "
             f"{len(rl)} for RL; each needs some: bring more interactions or change slices.*"
         )
-    return TrainSlices(_newest(warmup, config.max_warmup_samples), _newest(head, config.max_head_samples), rl)
+    return TrainSlices(
+        _newest(warmup, config.max_warmup_samples), _newest(head, config.max_head_samples), rl, train[:last]
+    )
+
+
+def tuning_samples(dataset: Dataset, *, refit: bool) -> np.ndarray:
+    """The training samples that candidates are fitted on while validation chooses among them.
+
+    They end as far before validation as the final fit ends before test. With `refit` that fit includes
+    validation, so they are all of train. Without, test lies one split behind it, and they lack the newest
+    eighth: fitted right up to validation, what forgets fast would win there and lose on test. Where splits
+    do not follow time there is no such distance.
+    """
+    train = dataset.split("train")
+    follows_time = dataset.manifest.get("settings", {}).get("split") != "leave-one-out"
+    return train[: len(train) - len(train) // 8] if follows_time and not refit else train
 
 
 def _newest(samples: np.ndarray, limit: int | None) -> np.ndarray:

@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
 LAGS = 10  # farthest pair of a user's interactions that makes a rule
 RECENT = 5  # newest history items that rules and neighbours start from, weights falling linearly
+LONG = 10  # the same for the linear rules
 SHRINKAGE = 5.0  # added to a rule's support, so that one lucky pair is no certainty
+LINEAR_SHRINKAGE = 50.0  # the same for the linear rules
 TINY = 1e-12  # keeps a row of zeros from being divided by zero
 FRESH_SHARES = {"popularity_fast": 0.02, "popularity": 0.2}  # the half-life holds this share of interactions
 GRID = (0.0, *(2.0**power for power in range(-5, 6)))
@@ -48,21 +50,29 @@ class Experts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("rules", "text_knn", *self.half_lives, "in_history", "last_item")
+        return ("rules", "rules_linear", "text_knn", "text_newest", *self.half_lives, "in_history", "last_item")
 
     @classmethod
     def fit(cls, dataset: Dataset, rows: np.ndarray) -> Experts:
         """rows: positions in `dataset.items` that may be used, ascending (see `rows_of`)."""
+        texts = [dataset.catalog.text(item) for item in range(len(dataset.catalog))]
+        return cls._counted(dataset, rows, TextVectors.fit(texts).neighbours())
+
+    def refitted(self, dataset: Dataset, rows: np.ndarray) -> Experts:
+        """`fit` on other rows of the same data set."""
+        return self._counted(dataset, rows, self.neighbours)
+
+    @classmethod
+    def _counted(cls, dataset: Dataset, rows: np.ndarray, neighbours: sp.csr_matrix) -> Experts:
         order = np.argsort(dataset.timestamps[rows], kind="stable")
         times = dataset.timestamps[rows][order]
         age = (times[-1] - times).astype(np.float64) if len(times) else np.ones(1)
-        half_lives = {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()}
         return cls(
             transitions(dataset, rows),
-            TextVectors.fit([dataset.catalog.text(item) for item in range(len(dataset.catalog))]).neighbours(),
+            neighbours,
             dataset.items[rows][order].astype(np.int32),
             times.astype(np.int64),
-            half_lives,
+            {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()},
             len(dataset.catalog),
         )
 
@@ -90,12 +100,16 @@ class Experts:
         result = {}
         recent = newest(inputs.seen, size)
         if "rules" in names:
-            shrunken = sp.csr_matrix(
+            over_support = sp.csr_matrix(
                 (recent.data / self._support[recent.indices], recent.indices, recent.indptr), recent.shape
             )
-            result["rules"] = _surprise(shrunken @ self.rules, self.fitted)
+            result["rules"] = _surprise(over_support @ self.rules, self.fitted)
+        if "rules_linear" in names:
+            result["rules_linear"] = newest(inputs.seen, size, LONG) @ self._linear_rules
         if "text_knn" in names:
             result["text_knn"] = recent @ self.neighbours
+        if "text_newest" in names:
+            result["text_newest"] = newest(inputs.seen, size, 1) @ self.neighbours
         if "in_history" in names:
             result["in_history"] = ones([np.unique(items) for items in inputs.seen], size)
         if "last_item" in names:
@@ -117,6 +131,10 @@ class Experts:
     @cached_property
     def _support(self) -> np.ndarray:
         return np.asarray(self.rules.sum(axis=1)).ravel() + SHRINKAGE
+
+    @cached_property
+    def _linear_rules(self) -> sp.csr_matrix:
+        return shrunken(self.rules, LINEAR_SHRINKAGE)
 
     def _popularity(self, ends: np.ndarray, half_life: float) -> np.ndarray:
         """Of the first `end` interactions, halved for each half-life of age, relative to the most popular; [T, N].
@@ -213,6 +231,13 @@ def transitions(dataset: Dataset, rows: np.ndarray, lags: int = LAGS) -> sp.csr_
         weight = np.full(len(first), 1 - (lag - 1) / lags, dtype=np.float32)
         total = total + sp.csr_matrix((weight, (items[first], items[first + lag])), shape=(size, size))
     return total.tocsr()
+
+
+def shrunken(counts: sp.csr_matrix, shrinkage: float) -> sp.csr_matrix:
+    """Each row of `counts` divided by its sum plus `shrinkage`."""
+    support = np.asarray(counts.sum(axis=1)).ravel() + np.float32(shrinkage)
+    rows = np.repeat(np.arange(len(support)), np.diff(counts.indptr))
+    return sp.csr_matrix((counts.data / support[rows], counts.indices, counts.indptr), counts.shape)
 
 
 def _moved(matrix: sp.csr_matrix, places: np.ndarray, size: int) -> sp.csr_matrix:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rporec.data.slices import tuning_samples
 from rporec.models.experts import Experts, rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
@@ -51,6 +52,17 @@ def _part(recipe: StagedRecipe, folder: Path) -> tuple[HeadInputs, np.ndarray]:
     return head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)
 
 
+def _with_silent(
+    recipe: StagedRecipe, inputs: HeadInputs, targets: np.ndarray, others: np.ndarray
+) -> tuple[HeadInputs, np.ndarray]:
+    """`inputs` and targets, with `head.samples: before_rl` behind those of `others` that have no completions."""
+    if recipe.config.head.samples == "slice":
+        return inputs, targets
+    silent = np.setdiff1d(others, recipe.slices.head)
+    blank = head_inputs(recipe.dataset, silent, None)
+    return HeadInputs.concatenate([blank, inputs]), np.concatenate([recipe.dataset.targets(silent), targets])
+
+
 def train_stage_head(
     name: str,
     recipe: StagedRecipe,
@@ -63,12 +75,16 @@ def train_stage_head(
 ) -> None:
     """Train one head on this rank's share, search its scalars, and save it as `RUN/name` (rank 0).
 
+    With `head.samples: before_rl` its networks learn from the rest of the training samples too, which the
+    LLM wrote nothing for: all but the RL slice, whose targets the head is to reward.
     With `head.refit: train+valid` a second head, trained for as many epochs on validation too, stands
-    beside it as `name_refit`, for the final figures on test alone.
+    beside it as `name_refit`, for the final figures on test alone. It rewards nothing: with `before_rl`
+    the RL slice is among its samples.
     """
     config, dataset = recipe.config, recipe.dataset
     seed = config.head.seed if config.head.seed is not None else config.seed
-    masks = config.data.headline == "exclude_history"
+    masks, refit = config.data.headline == "exclude_history", config.head.refit == "train+valid"
+    known = dataset.split("train")
 
     def fresh(**changes: Any) -> RecHead:
         return RecHead(
@@ -92,11 +108,14 @@ def train_stage_head(
         "progress": report,
     }
     head = fresh()
-    result = train_head(head, data.train, data.targets, data.valid, data.valid_targets, **shared)
+    learned = _with_silent(recipe, data.train, data.targets, recipe.slices.before_rl)
+    result = train_head(head, *learned, data.valid, data.valid_targets, **shared)
     if rank == 0:
         if config.head_experts:
-            head.experts = Experts.fit(dataset, rows_of(dataset, dataset.split("train")))
+            head.experts = Experts.fit(dataset, rows_of(dataset, tuning_samples(dataset, refit=refit)))
         reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=masks)
+        if head.experts:
+            head.experts = head.experts.refitted(dataset, rows_of(dataset, known))
         progress(
             {
                 "head": name,
@@ -107,14 +126,15 @@ def train_stage_head(
             }
         )
         head.save(run.head(name))
-    if config.head.refit == "train+valid":
+    if refit:
         final = fresh(epochs=max(1, result.epochs))
         everything = HeadInputs.concatenate([data.train, data.valid])
-        train_head(final, everything, np.concatenate([data.targets, data.valid_targets]), **shared)
+        targets = np.concatenate([data.targets, data.valid_targets])
+        train_head(final, *_with_silent(recipe, everything, targets, known), **shared)
         if rank == 0:
-            if config.head_experts:
-                known = np.concatenate([dataset.split("train"), dataset.split("valid")])
-                final.experts = Experts.fit(dataset, rows_of(dataset, known))
+            if head.experts:
+                known = np.concatenate([known, dataset.split("valid")])
+                final.experts = head.experts.refitted(dataset, rows_of(dataset, known))
             final.weights = dict(head.weights)
             final.save(run.head(f"{name}_refit"))
 

@@ -10,6 +10,7 @@ Left out: the reference stays the LLM before RL, where the authors move it along
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -41,7 +42,7 @@ class ReRe(BaseRecipe):
         """All that comes before the RL slice is for supervision, and for the recommender: it reads no text of an LLM."""
         slices = super().slices
         before = np.concatenate([slices.warmup, slices.head])
-        return TrainSlices(warmup=before, head=before if self.heads else before[:0], rl=slices.rl)
+        return replace(slices, warmup=before, head=before if self.heads else before[:0])
 
     # --- identities --------------------------------------------------------------------------
     @property

@@ -14,7 +14,7 @@ from rporec.config import Config, RewardConfig
 from rporec.data import Dataset
 from rporec.data.slices import train_slices
 from rporec.evaluation.ranking import hit, ndcg, ranks
-from rporec.models.experts import Experts, rows_of
+from rporec.models.experts import rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.rl import rewards
@@ -149,8 +149,7 @@ class HeadJudge:
             return self.head
         head = copy.copy(self.head)
         slices = train_slices(self.dataset.split("train"), self.config)
-        earlier = self.dataset.split("train")
-        head.experts = Experts.fit(self.dataset, rows_of(self.dataset, earlier[earlier < slices.rl[0]]))
+        head.experts = self.head.experts.refitted(self.dataset, rows_of(self.dataset, slices.before_rl))
         return head
 
     # --- what the terms need -----------------------------------------------------------------

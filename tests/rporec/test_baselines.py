@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rporec.baselines import family
-from rporec.baselines.family import Validation, tune, tuning_samples
+from rporec.baselines.family import Validation, tune
 from rporec.baselines.gru4rec import GRU4Rec
 from rporec.baselines.item_to_item import EASE, EVERY, Rules, TextKNN
 from rporec.baselines.popularity import Popularity, Recent
@@ -17,8 +17,10 @@ from rporec.baselines.store import BaselineStore, families
 from rporec.baselines.text_rules import Blend
 from rporec.config import BASELINES, SyntheticConfig
 from rporec.data import Dataset, build
+from rporec.data.slices import tuning_samples
 from rporec.data.synthetic import write_synthetic
 from rporec.evaluation.cold import held_rows
+from rporec.models.head_inputs import HeadInputs
 
 DAY = 86_400
 PARAMETERS = {
@@ -137,7 +139,8 @@ def test_text_neighbours_may_include_the_item_itself(world):
 def test_the_blend_is_the_weighted_sum_of_its_components(world, validation):
     model = fitted("text_rules", world)
     test = world.split("test")[:20]
-    parts = model.components(world, test)
+    inputs = HeadInputs.without_text([world.seen(int(sample)) for sample in test], world.times(test))
+    parts = model.experts.features(inputs)
     expected = sum(weight * parts[name] for name, weight in model.weights.items())
     assert np.allclose(model.scores(world, test), expected, atol=1e-5)
     found = tune(Blend(), world, world.split("train"), validation)
@@ -212,9 +215,10 @@ def test_tuning_takes_the_first_of_the_best_and_leaves_a_path_that_does_not_impr
 
 def test_candidates_are_fitted_as_far_from_validation_as_the_last_fit_is_from_test(world):
     train = world.split("train")
-    assert np.array_equal(tuning_samples(world), train[: len(train) - len(train) // 8])
+    assert np.array_equal(tuning_samples(world, refit=False), train[: len(train) - len(train) // 8])
+    assert np.array_equal(tuning_samples(world, refit=True), train)
     left_out = replace(world, manifest={"settings": {"split": "leave-one-out"}})
-    assert np.array_equal(tuning_samples(left_out), train)
+    assert np.array_equal(tuning_samples(left_out, refit=False), train)
 
 
 def test_the_store_tunes_and_fits_once(tmp_path, world, monkeypatch):

@@ -61,6 +61,21 @@ def test_rules_hold_no_pair_across_users(experts: Experts) -> None:
     assert experts.features(asked([1]))["rules"][0, 4] == 0  # user b ends with 3, user c starts with 4
 
 
+def test_linear_rules_are_probabilities_shrunken_by_support(experts: Experts) -> None:
+    # 0 is left for 1 three times, for 2 and 3 once each at distance 2 (weight 0.9); 4 goes on to 5, 0 and 1.
+    given = experts.features(asked([0], [4, 0]))["rules_linear"]
+    after = {0: np.array([0, 3, 0.9, 0.9, 0, 0]) / (4.8 + 50), 4: np.array([0.9, 0.8, 0, 0, 0, 1]) / (2.7 + 50)}
+    assert np.allclose(given[0], after[0], atol=1e-6)
+    assert np.allclose(given[1], (1 * after[0] + 0.9 * after[4]) / 1.9, atol=1e-6)
+
+
+def test_the_newest_item_has_text_neighbours_of_its_own(experts: Experts) -> None:
+    inputs = asked([2, 0])
+    assert experts.features(inputs)["text_newest"][0].argmax() == 1
+    assert not experts.features(inputs)["text_newest"][0, 3]  # a neighbour of 2 alone
+    assert experts.features(inputs)["text_knn"][0, 3] > 0
+
+
 def test_text_neighbours_share_words_and_leave_the_item_itself_out(experts: Experts) -> None:
     neighbours = experts.features(asked([0]))["text_knn"][0]
     assert neighbours.argmax() == 1

@@ -1,0 +1,89 @@
+"""Stage 1 gives heads the samples and experts that they may know: never the RL slice to one that rewards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rporec.config import SyntheticConfig, override, parse_config
+from rporec.data import build
+from rporec.data.slices import tuning_samples
+from rporec.data.synthetic import write_synthetic
+from rporec.models.experts import Experts, rows_of
+from rporec.models.head_training import fit_weights, train_head
+from rporec.models.rechead import RecHead
+from rporec.recipes import StagedRecipe, head_stage, load_recipe
+from rporec.rl.judge import head_inputs
+from rporec.run import Run
+
+CONFIG = {
+    "name": "heads",
+    "backbone": "tiny",
+    "head": {"dim": 16, "layers": 1, "heads": 2, "epochs": 1, "samples": "before_rl"},
+    "max_head_samples": 60,
+}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    run = Run.create(tmp_path / "run", parse_config(CONFIG), resume=False)
+    world = SyntheticConfig(users=60, series=12, volumes=3, genres=4, studios=4, length=7)
+    write_synthetic(tmp_path / "raw", world, 0)
+    build(tmp_path / "raw/interactions.parquet", tmp_path / "raw/items.parquet", run.data, split="time", window=6)
+    return run
+
+
+def trained(run: Run, *changes: str) -> StagedRecipe:
+    recipe = load_recipe(run, override(run.config(), list(changes)))
+    data = head_stage.history_data(recipe)
+    head_stage.train_stage_head("head", recipe, data, run, progress=lambda record: None)
+    return recipe
+
+
+def by_hand(recipe: StagedRecipe, samples: np.ndarray) -> RecHead:
+    """One epoch on `samples`, in this order."""
+    dataset = recipe.dataset
+    head = RecHead(dataset.catalog, recipe.config.head, window=dataset.window, seed=recipe.config.seed)
+    train_head(head, head_inputs(dataset, samples, None), dataset.targets(samples), seed=recipe.config.seed)
+    return head
+
+
+@pytest.mark.parametrize("samples", ["slice", "before_rl"])
+def test_a_head_that_rewards_learns_from_its_samples_and_one_for_test_from_validation_too(run, samples) -> None:
+    recipe = trained(run, "head.refit=train+valid", f"head.samples={samples}")
+    train, valid, slices = recipe.dataset.split("train"), recipe.dataset.split("valid"), recipe.slices
+    assert len(slices.head) == 60 < len(slices.before_rl) == len(train) - len(slices.rl)
+    wide = samples == "before_rl"
+    others = np.setdiff1d(slices.before_rl, slices.head) if wide else train[:0]
+    later = np.setdiff1d(train, slices.head) if wide else train[:0]
+    expected = {
+        "head": by_hand(recipe, np.concatenate([others, slices.head])),
+        "head_refit": by_hand(recipe, np.concatenate([later, slices.head, valid])),
+    }
+    for name, head in expected.items():
+        saved = RecHead.load(run.head(name), recipe.dataset.catalog).state_dict()
+        assert all(torch.equal(value, saved[key]) for key, value in head.state_dict().items()), name
+
+
+@pytest.mark.parametrize("refit", ["none", "train+valid"])
+def test_scalars_are_searched_as_far_from_validation_as_test_will_be(run, refit, monkeypatch) -> None:
+    searched: list[Experts] = []
+
+    def search(head, *given, **more):
+        searched.append(head.experts)
+        return fit_weights(head, *given, **more)
+
+    monkeypatch.setattr(head_stage, "fit_weights", search)
+    recipe = trained(run, f"head.refit={refit}")
+    dataset, final = recipe.dataset, head_stage.final_head(run, recipe, "head")
+    train, valid = dataset.split("train"), dataset.split("valid")
+    tuned = tuning_samples(dataset, refit=refit != "none")
+    known = np.concatenate([train, valid]) if refit != "none" else train
+    stored = RecHead.load(run.head("head"), dataset.catalog)
+    for experts, samples in ((searched[0], tuned), (stored.experts, train), (final.experts, known)):
+        expected = Experts.fit(dataset, rows_of(dataset, samples)).arrays()
+        assert all(np.array_equal(value, experts.arrays()[name]) for name, value in expected.items())
+    assert final.weights == stored.weights
