@@ -170,13 +170,12 @@ def _write(job: Job, count: int) -> tuple[list[pa.RecordBatch], float]:
         return rows
 
     groups: list[pa.RecordBatch] = []
-    slots = max(1, config.engine.max_num_seqs // config.group_size)
     with (
         _workers(job, "rollout", start) as workers,
         progress("rollouts", total=count, console=job.console) as bar,
     ):
         began, tokens = time.perf_counter(), 0
-        for group in ActorPool(workers * slots).map_unordered(generate, leases):
+        for group in ActorPool(workers * config.slots).map_unordered(generate, leases):
             groups.append(group)
             tokens += group_meta(group).tokens
             bar.update(len(groups), tokens=tokens)

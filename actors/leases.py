@@ -17,6 +17,17 @@ from rporec.engine.types import Version
 from rporec.rl.ledger import Group
 from rporec.rl.rollout_schema import Lease
 
+AHEAD = 0.5  # of an engine's slots: groups that wait in it, so that it has the next one when completions end
+
+
+def at_once(slots: int) -> int:
+    """Groups that a worker whose engine writes `slots` of them may hold.
+
+    The engine takes completions, not groups: the short ones of a group end long before it does, and by the time
+    that another group has been asked for and has come some steps have passed.
+    """
+    return slots + math.ceil(AHEAD * slots)
+
 
 class Leases:
     """PENDING groups become GENERATED."""
@@ -34,7 +45,7 @@ class Leases:
             self._lease_freely()
 
     def _lease_freely(self) -> None:
-        """To the worker that holds the fewest, as long as one has a free slot."""
+        """To the worker that holds the fewest, as long as one may hold more."""
         while free := [worker for worker in self.staff.rollouts.alive if self._may_lease(worker)]:
             worker = min(free, key=lambda worker: worker.running)
             if (group := self.ledger.lease(worker.name)) is None:
@@ -44,7 +55,7 @@ class Leases:
     def _may_lease(self, worker: Worker) -> bool:
         """Not to a worker whose tokens would be too old, or of an undone attempt, when they are consumed."""
         fresh = worker.version.attempt == self.ledger.version.attempt and self.ledger.admits(worker.version.number)
-        return fresh and not worker.validating and worker.running < worker.slots
+        return fresh and not worker.validating and worker.running < at_once(worker.slots)
 
     def _lease_together(self) -> None:
         """All that may be leased, in turn, once nothing is under way; each engine begins when it has its share."""

@@ -26,8 +26,7 @@ class Staff:
     def __init__(self, training: Training, settle: Callable[[Worker], Awaitable[None]]) -> None:
         self.training, self._settle = training, settle
         config, kill = training.config, training.placement.kill
-        slots = max(1, config.engine.max_num_seqs // config.group_size)
-        self.rollouts = Workers("rollout", config.rollout_workers.min, slots, self._start_rollout, kill)
+        self.rollouts = Workers("rollout", config.rollout_workers.min, config.slots, self._start_rollout, kill)
         self.rewards = Workers("reward", config.reward_workers.min, 1, self._start_reward, kill)
         self.idle_rewards: asyncio.Queue[Worker] = asyncio.Queue()
         self._loads: list[dict[str, float]] = []  # of each role, at the heartbeats of this learner step

@@ -29,6 +29,7 @@ from rich.console import Console
 
 from actors.cluster import connected, core
 from actors.controller import Controller
+from actors.leases import at_once
 from actors.placement import RayPlacement
 from actors.rollout import RolloutWorker, rollout_options
 from benchmarks.result import machine, result
@@ -43,7 +44,7 @@ WORKLOAD = Workload(name="rollout", shape=SMALL, prompt=256, lengths=(16, 128), 
 GROUPS, ROUNDS = 96, 3
 SEQUENCES = 64  # at once; a third of all at most, so that there is a middle
 MIDDLE = (0.15, 0.85)  # of all tokens
-POLL = 0.05  # seconds
+POLL = 0.2  # seconds; every question costs the worker a little
 WAYS = ("bare", "actor", "controller")
 
 
@@ -176,7 +177,6 @@ def measure(folder: Path, workload: Workload, groups: int, rounds: int) -> dict[
         run.config(),
         [f"steps={groups // workload.groups}", "max_staleness=1000000", f"engine.max_num_seqs={SEQUENCES}"],
     )
-    slots = max(1, config.engine.max_num_seqs // config.group_size)
     recipe = Dealt(run, config, workload)
     lengths = [recipe.length(number) for number in range(groups)]
     total = sum(lengths) * workload.size
@@ -211,7 +211,7 @@ def measure(folder: Path, workload: Workload, groups: int, rounds: int) -> dict[
                 prompts = [prompt.tolist() for prompt in one.prompts([one.draw(n)[0] for n in range(groups)])]
                 taken = {
                     "bare": ray.get(bare.write.remote(prompts, lengths, workload.size)),
-                    "actor": watched(worker, total, partial(ask, worker, one, groups, slots)),
+                    "actor": watched(worker, total, partial(ask, worker, one, groups, at_once(config.slots))),
                     "controller": watched(worker, total, partial(controlled, other)),
                 }
                 if number:

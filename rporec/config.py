@@ -343,6 +343,11 @@ class Config(Section):
     def rl_max_tokens(self) -> int:
         return self.rl.max_tokens or self.sampling.max_tokens
 
+    @property
+    def slots(self) -> int:
+        """Groups that one engine writes at once."""
+        return max(1, self.engine.max_num_seqs // self.group_size)
+
     @model_validator(mode="after")
     def _contradictions(self) -> Config:
         if self.more_warmup and (self.warmup.steps == 0 or self.steps == 0):
