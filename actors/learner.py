@@ -302,7 +302,7 @@ def step_record(
 
 
 def head_loop(spec: dict[str, Any]) -> None:
-    """Train RecHeads on what the LLM wrote in `stage`, with its text or on history alone, data-parallel."""
+    """Train RecHeads on what the LLM of `stage` wrote for `slices`, with its text or on history alone, data-parallel."""
     import torch.distributed as dist
 
     from rporec.recipes import load_recipe
@@ -313,7 +313,7 @@ def head_loop(spec: dict[str, Any]) -> None:
     recipe: Any = load_recipe(run, spec["config"])
     rank, world = dist.get_rank(), dist.get_world_size()
     texts = "text" in spec["heads"].values()
-    data = head_data(recipe, run, spec["stage"]) if texts else history_data(recipe)
+    data = head_data(recipe, run, spec["stage"], spec["slices"]) if texts else history_data(recipe)
 
     def progress(record: dict[str, Any]) -> None:
         if rank == 0:

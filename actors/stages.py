@@ -31,6 +31,7 @@ from rporec.data import build, find_sources, is_built
 from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
+from rporec.recipes.head_stage import is_trained
 from rporec.recipes.rporec import RPORec
 from rporec.report.live import progress
 from rporec.run import Run
@@ -219,14 +220,19 @@ def train_head_stage(job: Job) -> None:
         _write_completions(job, recipe, run.warm_model, recipe.parts("stage1"))
         if recipe.heads:
             notes["samples"] = len(recipe.slices.head)
-            notes["validation"] = _train_heads(job, "stage1", recipe.heads)
+            notes["validation"] = _train_heads(job, "head", "stage1", recipe.heads)
 
 
-def _train_heads(job: Job, stage: str, heads: dict[str, str]) -> dict[str, float]:
-    """Train `{folder: "text" | "blank"}` on the completions of `stage`; returns validation NDCG@10 of each."""
-    log = job.run.folder / ("head.jsonl" if stage == "stage1" else f"{stage}_head.jsonl")
+def _train_heads(
+    job: Job, name: str, stage: str, heads: dict[str, str], slices: tuple[str, ...] = ("head",)
+) -> dict[str, float]:
+    """Train `{folder: "text" | "blank"}` on what the LLM of `stage` wrote for `slices`, with `RUN/NAME.jsonl` as log.
+
+    Returns validation NDCG@10 of each.
+    """
+    log = job.run.folder / f"{name}.jsonl"
     log.unlink(missing_ok=True)
-    spec = {"run": job.run, "config": job.config, "log": log, "stage": stage, "heads": heads}
+    spec = {"run": job.run, "config": job.config, "log": log, "stage": stage, "slices": slices, "heads": heads}
     with progress("RecHead", console=job.console) as bar:
 
         def watch() -> None:
@@ -235,7 +241,7 @@ def _train_heads(job: Job, stage: str, heads: dict[str, str]) -> dict[str, float
                 value = last.get("valid_ndcg@10", last.get("ndcg@10"))
                 bar.update(last["epoch"], total=last["epochs"], note=f"{last['head']}: validation NDCG@10 {value:.4f}")
 
-        job.fit(head_loop, spec, f"{stage}-head", job.config.head.workers, watch)
+        job.fit(head_loop, spec, name, job.config.head.workers, watch)
         watch()
     return {record["head"]: record["valid_ndcg@10"] for record in read_lines(log) if "valid_ndcg@10" in record}
 
@@ -265,12 +271,14 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
             _write_completions(job, recipe, run.best_model, recipe.parts("stage2"))
         if config.more_warmup and over:
             _more_warmup(job, recipe)
+        if config.head.refreshed and over:
+            _refresh_heads(job, recipe)
         return rank_methods(run, config, job.console, ablations=ablations)
 
 
 def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool) -> dict[str, Any]:
     """The table of all methods and the report, of what is there; needs no cluster."""
-    from rporec.evaluation.table import print_table
+    from rporec.evaluation.terminal import print_table
     from rporec.recipes.evaluation import evaluate
     from rporec.report.html import write_report
 
@@ -291,16 +299,27 @@ def _more_warmup(job: Job, recipe: StagedRecipe) -> None:
         steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
         _supervise(job, "more_warmup", steps)
     _write_completions(job, recipe, run.folder / "more_warmup" / "model", recipe.parts("more_warmup"))
-    if not run.head("more_warmup/head").is_dir():
-        _train_heads(job, "more_warmup", {"more_warmup/head": "text"})
+    if not is_trained(run, recipe, "more_warmup/head"):
+        _train_heads(job, "more_warmup_head", "more_warmup", {"more_warmup/head": "text"})
+
+
+def _refresh_heads(job: Job, recipe: StagedRecipe) -> None:
+    """Heads on the head and the RL slice: for the LLM before RL, for the one after it, and on history alone."""
+    run = job.run
+    before, after = {"refreshed/stage1": "text", "refreshed/history": "blank"}, {"refreshed/stage2": "text"}
+    for stage, model, heads in (("stage1", run.warm_model, before), ("stage2", run.best_model, after)):
+        if model.is_dir() and not all(is_trained(run, recipe, name) for name in heads):
+            _train_heads(job, f"refreshed_{stage}", stage, heads, ("head", "rl"))
 
 
 def _forget_earlier_best(run: Run) -> None:
-    """Completions of a checkpoint that validation has since replaced are not those of the best one."""
+    """What came of a checkpoint that validation has since replaced is not the best one's."""
     folder, best = run.folder / "completions" / "stage2", read_json(run.folder / "best.json")
     model = {key: best[key] for key in ("attempt", "version")}
     if read_json(folder / "model.json") != model:
         shutil.rmtree(folder, ignore_errors=True)
+        for head in ("refreshed/stage2", "refreshed/stage2_refit"):
+            shutil.rmtree(run.head(head), ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "model.json", model)
 

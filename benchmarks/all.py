@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.result import machine
-from rporec.cli import BENCHMARKS
+from rporec.arguments import BENCHMARKS
 from rporec.report.live import progress
 
 

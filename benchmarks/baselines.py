@@ -68,7 +68,10 @@ def measure(shape: SyntheticConfig, names: tuple[str, ...] = BASELINES, seeds: i
     return {"wall": wall, "cpu": cpu, "size": size, "ndcg@10": {one: methods[one]["ndcg@10"] for one in names}}
 
 
-def run() -> dict[str, Any]:
-    found = measure(WORLD)
+QUICK = {"shape": SyntheticConfig(users=1000, series=60, volumes=6), "seeds": 1}
+
+
+def run(shape: SyntheticConfig = WORLD, seeds: int = 3) -> dict[str, Any]:
+    found = measure(shape, seeds=seeds)
     ratios = {"again_over_everything": round(found["wall"]["again"] / found["wall"]["everything"], 3)}
     return result("baselines", ratios, found["wall"], found["cpu"], **found["size"], **{"ndcg@10": found["ndcg@10"]})

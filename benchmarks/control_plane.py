@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def null_engines(steps: int = 200, groups: int = 64) -> tuple[int, float, float]
     return steps * groups, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def memory_slope(steps: int = 2000) -> float:
+def memory_slope(steps: int) -> float:
     """KiB of resident memory that a simulated step adds, over the second half of many."""
     process, resident = psutil.Process(), []
 
@@ -106,17 +107,21 @@ def recorded() -> Latency:
     return Latency(recorded=tuple((seconds / seconds.mean()).tolist()))
 
 
-def run() -> dict[str, Any]:
+QUICK = {"workers": (4, 16, 64), "steps": 500}
+
+
+def run(workers: Sequence[int] = (4, 16, 64, 512), steps: int = 2000) -> dict[str, Any]:
+    """`workers`: how many to compare with one; `steps`: of the run whose memory is watched."""
     groups, wall, cpu = null_engines()
     one = scaling(1, Latency(1.0)).groups_per_second
     ratios: dict[str, Any] = {
         "groups_per_second": round(groups / wall),
         "groups_per_cpu_second": round(groups / cpu),
     }
-    for workers in (4, 16, 64, 512):
-        many = scaling(workers, Latency(1.0), steps=12 if workers < 512 else 6)
-        ratios[f"scaling_1_to_{workers}"] = round(many.groups_per_second / (workers * one), 4)
-        ratios[f"queued_groups_at_{workers}"] = many.queued
+    for count in workers:
+        many = scaling(count, Latency(1.0), steps=12 if count < 512 else 6)
+        ratios[f"scaling_1_to_{count}"] = round(many.groups_per_second / (count * one), 4)
+        ratios[f"queued_groups_at_{count}"] = many.queued
     latencies = {"constant": Latency(1.0), "long_tail": Latency(1.0, LONG_TAIL), "recorded": recorded()}
     for name, latency in latencies.items():
         measured = balanced(latency)
@@ -125,7 +130,7 @@ def run() -> dict[str, Any]:
         ratios[f"staleness_mean_{name}"] = round(measured.staleness, 3)
     before, after = after_a_death()
     ratios["after_killing_1_of_8"] = round(after / before, 4)
-    ratios["memory_kib_per_step"] = round(memory_slope(), 3)
+    ratios["memory_kib_per_step"] = round(memory_slope(steps), 3)
     walls = {"null_engines": wall}
     for by, (many, seconds) in ray_path.measure((1, RAY_BATCH), steps=100).items():
         name = "ray_groups_per_second" + (f"_by_{by}" if by > 1 else "")

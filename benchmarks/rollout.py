@@ -33,7 +33,7 @@ from actors.placement import RayPlacement
 from actors.rollout import RolloutWorker, rollout_options
 from benchmarks.result import machine, result
 from benchmarks.workload import SMALL, Dealt, Workload, prepare
-from rporec.config import Config
+from rporec.config import Config, override
 from rporec.engine.types import Version
 from rporec.report.live import progress
 from rporec.rl.rollout_schema import Lease
@@ -41,6 +41,7 @@ from rporec.run import Run
 
 WORKLOAD = Workload(name="rollout", shape=SMALL, prompt=256, lengths=(16, 128), groups=8, size=8)
 GROUPS, ROUNDS = 96, 3
+SEQUENCES = 64  # at once; a third of all at most, so that there is a middle
 MIDDLE = (0.15, 0.85)  # of all tokens
 POLL = 0.05  # seconds
 WAYS = ("bare", "actor", "controller")
@@ -171,7 +172,10 @@ def measure(folder: Path, workload: Workload, groups: int, rounds: int) -> dict[
     """By way; the first round warms up and is left out."""
     run = prepare(folder / "run", workload)
     # No version is published, so no group ever grows too old.
-    config = run.config().model_copy(update={"steps": groups // workload.groups, "max_staleness": 1_000_000})
+    config = override(
+        run.config(),
+        [f"steps={groups // workload.groups}", "max_staleness=1000000", f"engine.max_num_seqs={SEQUENCES}"],
+    )
     slots = max(1, config.engine.max_num_seqs // config.group_size)
     recipe = Dealt(run, config, workload)
     lengths = [recipe.length(number) for number in range(groups)]

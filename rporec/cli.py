@@ -13,39 +13,21 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from rporec import __version__
+from rporec.arguments import BENCHMARKS, parse
 from rporec.config import Config, ConfigError, load_config, override
 from rporec.run import STAGES, Run
-
-# Names of `rporec bench`, and their modules in `benchmarks/`.
-BENCHMARKS = {
-    "all": "all",
-    "async": "async_training",
-    "baselines": "baselines",
-    "control-plane": "control_plane",
-    "data": "data_build",
-    "learner": "learner",
-    "packing": "packing",
-    "peer-trl": "peer_trl",
-    "retrieval": "retrieval",
-    "reward": "reward",
-    "rollout": "rollout",
-    "serve": "serving",
-    "trie": "trie",
-    "weights": "weights",
-}
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = _parse(argv)
+    options = parse(argv)
     signal.signal(signal.SIGTERM, _terminate)  # as Ctrl-C: every `finally` on the way out runs
     try:
-        return options.command(options) or 0
+        return COMMANDS[options.command](options) or 0
     except Exception as error:
         message = _mendable(error)
         if options.debug or message is None:
@@ -53,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"rporec: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        hint = "; --resume goes on from the last checkpoint" if options.command is _train else ""
+        hints = {"train": "; --resume goes on from the last checkpoint", "study": "; the same command goes on"}
+        hint = hints.get(options.command, "")
         print(f"rporec: stopped{hint}", file=sys.stderr)
         return 130
 
@@ -67,23 +50,6 @@ def _mendable(error: Exception) -> str | None:
     if here and (getattr(error, "filename", None) is not None or isinstance(error, ConnectionError)):
         return str(error)
     return None
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of the usage of every option."""
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    """Parse; `key=value` may also stand behind options, which argparse alone does not allow."""
-    parser = _parser()
-    options, rest = parser.parse_known_args(argv)
-    if "overrides" in options and all("=" in word and not word.startswith("-") for word in rest):
-        options.overrides += rest
-    elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return options
 
 
 def _terminate(signum: int, frame: Any) -> None:
@@ -162,12 +128,7 @@ def _counts(manifest: dict[str, Any]) -> str:
 
 # --- train, evaluate ---------------------------------------------------------------------------
 def _train(options: argparse.Namespace) -> int:
-    from rporec.data.remote import is_url
-
-    overrides = [*options.overrides]
-    if options.data is not None:
-        where = options.data if is_url(options.data) else str(Path(options.data).absolute())
-        overrides.append(f"data.path={json.dumps(where)}")
+    overrides = [*options.overrides, *_data_path(options)]
     config = load_config(options.config, overrides)
     stages = options.stages.split(",") if options.stages else list(STAGES)
     submission = importlib.import_module("actors.submission")
@@ -182,12 +143,26 @@ def _train(options: argparse.Namespace) -> int:
     _check_stages(stages, run)
     _check_inputs(config)
     run = Run.create(run.folder, config, resume=options.resume)
+    _train_stages(run, config, stages, address)
+    return 0
+
+
+def _data_path(options: argparse.Namespace) -> list[str]:
+    """What `--data` overrides."""
+    from rporec.data.remote import is_url
+
+    if options.data is None:
+        return []
+    where = options.data if is_url(options.data) else str(Path(options.data).absolute())
+    return [f"data.path={json.dumps(where)}"]
+
+
+def _train_stages(run: Run, config: Config, stages: list[str], address: str | None) -> None:
     try:
         importlib.import_module("actors.launch").train(run, config, stages, address, _console())
     except Exception:
         run.discard_if_empty()  # faulty data, say: nothing is there to resume
         raise
-    return 0
 
 
 def _check_stages(stages: list[str], run: Run) -> None:
@@ -228,6 +203,36 @@ def _evaluate(options: argparse.Namespace) -> None:
     importlib.import_module("actors.launch").evaluate(
         run, config, ablations=options.ablations, address=_address(options), console=_console()
     )
+
+
+def _study(options: argparse.Namespace) -> None:
+    from rporec import study
+    from rporec.evaluation.terminal import print_table
+
+    if options.tables is not None:
+        if options.config is not None:
+            raise ConfigError(f"study: --tables takes no CONFIG.yaml (got {options.config})")
+        print(study.markdown(options.tables))
+        return
+    if options.config is None:
+        raise ConfigError("study: say CONFIG.yaml, or --tables")
+    seed = [] if options.seed is None else [f"seed={options.seed}"]
+    config = load_config(options.config, [*study.DEFAULTS, *options.overrides, *_data_path(options), *seed])
+    path = study.result_path(options.out, config)
+    if (result := study.finished(options.out, config)) is None:
+        _check_inputs(config)
+        folder = options.runs / path.stem
+        run = Run.create(folder, config, resume=(folder / "config.json").is_file())
+        if stages := [stage for stage in STAGES if stage != "evaluate" and not run.finished(stage)]:
+            _train_stages(run, config, stages, None)
+        evaluate = importlib.import_module("actors.launch").evaluate
+        evaluate(run, config, ablations=True, address=None, console=_console())
+        data = ["--data", name] if (name := study.data_name(config)) else []
+        words = ["rporec", "study", str(options.config), *options.overrides, *data, "--seed", str(config.seed)]
+        study.write_result(options.out, run, config, words)
+    else:
+        print_table(result.summary, _console())
+    print(path)
 
 
 # --- one role of a run alone ---------------------------------------------------------------------
@@ -361,163 +366,26 @@ def _doctor(options: argparse.Namespace) -> int:
     return 0 if report["can_run"] else 2
 
 
-# --- arguments -----------------------------------------------------------------------------------
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="rporec", description="Teach a language model to reason before it recommends.")
-    parser.add_argument("--version", action="version", version=f"rporec {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(group: Any, name: str, command: Any, help: str) -> argparse.ArgumentParser:
-        sub = group.add_parser(name, help=help, description=help)
-        sub.add_argument("--debug", action="store_true", help="keep tracebacks")
-        sub.set_defaults(command=command)
-        return sub
-
-    data = commands.add_parser("data", help="build, make or download a data set").add_subparsers(
-        required=True, metavar="ACTION"
-    )
-    build = add(data, "build", _data_build, "check interactions and items (CSV, JSONL, Parquet) and write a data set")
-    build.add_argument(
-        "--interactions",
-        type=Path,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="SOURCE",
-        help="files, or folders of Parquet parts, with user_id, item_id, timestamp; optional rating, seq, event",
-    )
-    build.add_argument(
-        "--items",
-        type=Path,
-        nargs="+",
-        action="extend",
-        required=True,
-        metavar="SOURCE",
-        help="the same, with item_id and whatever attributes there are",
-    )
-    build.add_argument("--out", type=Path, required=True)
-    build.add_argument("--split", default="time", help="time[:8:1:1] | leave-one-out | column:NAME (default: time)")
-    build.add_argument("--window", type=int, default=20, help="history items of a sample (default: 20)")
-    build.add_argument("--k-core", type=int, default=0, help="keep users and items with at least K interactions")
-
-    synthetic = add(data, "synthetic", _data_synthetic, "write the embedded world, raw and built")
-    synthetic.add_argument("--out", type=Path, required=True)
-    synthetic.add_argument("--config", type=Path, help="YAML whose data.synthetic and seed are used")
-    synthetic.add_argument("overrides", nargs="*", default=[], metavar="key=value")
-
-    download = add(data, "download", _data_download, "fetch a public data set")
-    download.add_argument("name", help="movielens-100k|1m|20m|32m, movietweetings, amazon-2023:CATEGORY")
-    download.add_argument("--out", type=Path, required=True)
-
-    train = add(commands, "train", _train, "run all stages of a config, or some")
-    train.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4"
-    )
-    train.add_argument(
-        "--data",
-        metavar="DIR|URL",
-        help="built data set, or folder with interactions.* and items.*; also s3://…, gs://…",
-    )
-    train.add_argument("--run", type=Path, metavar="DIR", help="run directory (default: runs/<name of the config>)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in DIR")
-    train.add_argument("--stages", help=f"comma list of {','.join(STAGES)}")
-    train.add_argument(
-        "--address",
-        help="submit to this Ray cluster: auto or HOST:PORT on a node of it, http://HOST:PORT of its dashboard "
-        "(default: start one on this machine)",
-    )
-    train.add_argument(
-        "--attached",
-        action="store_true",
-        help="with --address: train from this process, a node's, instead of submitting a job; Ctrl-C ends the training",
-    )
-
-    evaluate = add(commands, "evaluate", _evaluate, "rank test with every method of a run")
-    evaluate.add_argument("run", type=Path, metavar="RUN")
-    evaluate.add_argument(
-        "--ablations",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also with CoT and answer blanked and shuffled between users",
-    )
-    evaluate.add_argument(
-        "--baselines", metavar="NAMES", help="all, none, or a comma list (default: evaluate.baselines of the run)"
-    )
-    evaluate.add_argument("--address", help="Ray cluster to join")
-
-    status = add(commands, "status", _status, "what a run is doing now")
-    status.add_argument("run", type=Path, metavar="RUN")
-    status.add_argument("--json", action="store_true")
-
-    scale = add(commands, "scale", _scale, "change how many workers a live run has; no group is lost")
-    scale.add_argument("run", type=Path, metavar="RUN")
-    scale.add_argument("--rollout-workers", type=int, metavar="N")
-    scale.add_argument("--reward-workers", type=int, metavar="M")
-
-    plan = add(commands, "plan", _plan, "which nodes a config would bring, whether it fits, who would wait for whom")
-    plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
-    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
-    plan.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="cluster file of `ray up`")
-    plan.add_argument("--run", type=Path, metavar="DIR", help="take the speeds that this run had")
-    plan.add_argument("--rollout-seconds", type=float, metavar="S", help="of one group, for one rollout worker")
-    plan.add_argument("--learner-seconds", type=float, metavar="S", help="of one group, for all ranks together")
-    plan.add_argument("--json", action="store_true")
-
-    promote = add(commands, "promote", _promote, "have the best version serve, or the one before the present one")
-    promote.add_argument("run", type=Path, metavar="RUN")
-    promote.add_argument("--rollback", action="store_true", help="go back to the version promoted before")
-
-    serving = add(commands, "serve", _serve, "answer over HTTP, on the cluster of the run or one started here")
-    serving.add_argument("run", type=Path, metavar="RUN")
-    serving.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of serve. and engine.: serve.timeout_ms=2000"
-    )
-    serving.add_argument("--host", default="127.0.0.1", help="other than loopback needs a token (default: 127.0.0.1)")
-    serving.add_argument("--port", type=int, default=8000)
-    serving.add_argument("--address", help="Ray cluster (default: the one the run trains on, else one started here)")
-
-    report = add(commands, "report", _report, "write RUN/report.html")
-    report.add_argument("run", type=Path, metavar="RUN")
-
-    export = add(commands, "export", _export, "Hugging Face folder, RecHead and item index, model card")
-    export.add_argument("run", type=Path, metavar="RUN")
-    export.add_argument("--out", type=Path, required=True)
-
-    debug = commands.add_parser("debug", help="one role of a run alone; the run is only read").add_subparsers(
-        required=True, metavar="ROLE"
-    )
-
-    def role(name: str, command: Any, help: str, *, replay: bool, out: str, required: bool) -> argparse.ArgumentParser:
-        sub = add(debug, name, command, help)
-        sub.add_argument("run", type=Path, metavar="RUN")
-        if replay:
-            sub.add_argument(
-                "--replay", type=Path, required=True, metavar="DIR", help="saved groups, as in RUN/rollouts"
-            )
-        sub.add_argument("--out", type=Path, required=required, metavar="DIR", help=out)
-        sub.add_argument("--address", help="Ray cluster to join (default: start one on this machine)")
-        return sub
-
-    help = "sample the first groups of stage 2 with the LLM before RL"
-    rollouts = role("rollouts", _debug_rollouts, help, replay=False, out="new folder for the groups", required=True)
-    rollouts.add_argument("--groups", type=int, metavar="N", help="how many (default: those of one step)")
-    help = "score saved groups"
-    role("rewards", _debug_rewards, help, replay=True, out="new folder for the scored groups", required=False)
-    help = "train on saved, scored groups from the LLM before RL on"
-    learner = role("learner", _debug_learner, help, replay=True, out="new folder for steps.jsonl", required=True)
-    learner.add_argument("--steps", type=int, metavar="N", help="how many (default: as many as there are groups for)")
-
-    bench = add(commands, "bench", _bench, "measure what the documentation claims; ends with one JSON object")
-    bench.add_argument("name", choices=sorted(BENCHMARKS))
-    bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
-    bench.add_argument("--quick", action="store_true", help="fewer rounds or a smaller size, where it has such")
-
-    doctor = add(commands, "doctor", _doctor, "what this machine or cluster can run, and what is missing")
-    doctor.add_argument("--address", help="also ask this Ray cluster")
-    doctor.add_argument("--json", action="store_true")
-    return parser
-
+COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "data build": _data_build,
+    "data synthetic": _data_synthetic,
+    "data download": _data_download,
+    "train": _train,
+    "evaluate": _evaluate,
+    "study": _study,
+    "status": _status,
+    "scale": _scale,
+    "plan": _plan,
+    "promote": _promote,
+    "serve": _serve,
+    "report": _report,
+    "export": _export,
+    "debug rollouts": _debug_rollouts,
+    "debug rewards": _debug_rewards,
+    "debug learner": _debug_learner,
+    "bench": _bench,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

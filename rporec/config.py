@@ -129,6 +129,9 @@ class HeadConfig(Section):
     samples: Literal["slice", "before_rl"] = "slice"  # before_rl: with all others before the RL slice, without text
     workers: int = Field(1, ge=1)
     refit: Literal["none", "train+valid"] = "none"
+    refreshed: bool = (
+        False  # after RL also heads on the head and the RL slice, as the LLM of either stage writes for them
+    )
     seed: int | None = None  # None: the run's
 
 
@@ -347,7 +350,11 @@ class Config(Section):
         if self.recipe == "rere":
             self._check_rere()
         if self.writes_items:
-            for key, wanted in (("more_warmup", self.more_warmup), ("reward.custom", self.reward.custom)):
+            for key, wanted in (
+                ("more_warmup", self.more_warmup),
+                ("head.refreshed", self.head.refreshed),
+                ("reward.custom", self.reward.custom),
+            ):
                 if wanted:
                     raise ValueError(f"recipe: {self.recipe} has no {key}; leave it out")
         if self.max_staleness > 0 and self.rl.correction == "none":

@@ -18,7 +18,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,18 +203,20 @@ _MAY_CHANGE = {
 }
 
 
-def contradiction(held: Config, wanted: Config) -> str | None:
+def contradiction(held: Config, wanted: Config, may_change: Collection[str] = _MAY_CHANGE) -> str | None:
     """The first key (dotted) in which `wanted` cannot go on with what was made with `held`."""
-    return _first_difference(held.model_dump(mode="json"), wanted.model_dump(mode="json"))
+    return _first_difference(held.model_dump(mode="json"), wanted.model_dump(mode="json"), may_change)
 
 
-def _first_difference(held: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str | None:
+def _first_difference(
+    held: dict[str, Any], wanted: dict[str, Any], may_change: Collection[str], prefix: str = ""
+) -> str | None:
     for key in sorted(set(held) | set(wanted)):
-        if not prefix and key in _MAY_CHANGE:
+        if not prefix and key in may_change:
             continue
         ours, theirs = held.get(key), wanted.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            inner = _first_difference(ours, theirs, f"{prefix}{key}.")
+            inner = _first_difference(ours, theirs, may_change, f"{prefix}{key}.")
             if inner:
                 return inner
         elif ours != theirs:

@@ -19,7 +19,7 @@ tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabula
 teacher: {decision: true}
 warmup: {steps: 240, batch_size: 16, lr: 6e-3}
 sampling: {max_tokens: 40}
-head: {epochs: 3, lr: 2e-3, dim: 32}
+head: {epochs: 3, lr: 2e-3, dim: 32, refreshed: true}
 max_staleness: 1
 groups_per_step: 8
 steps: 6

@@ -39,18 +39,25 @@ def bootstrap_mean(
     if len(owner) != len(values):
         raise ValueError(f"bootstrap_mean: {len(values)} samples and {len(owner)} user labels")
     present = ~np.isnan(values)
-    sums = _per_user(np.where(present, values, 0.0), owner, len(labels))
-    counts = _per_user((present[:, :1] if present.all() else present).astype(np.float64), owner, len(labels))
-    draws = np.empty((resamples, values.shape[1]))
-    rng = np.random.default_rng(seed)
-    step = max(1, CHUNK_WEIGHTS // max(len(labels), 1))
-    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss every user of a column: NaN
-        for start in range(0, resamples, step):
-            weights = _resample(rng, min(step, resamples - start), len(labels))
-            draws[start : start + step] = (weights @ sums) / (weights @ counts)
-        value = sums.sum(axis=0) / counts.sum(axis=0)
-    low, high = _percentiles(draws, level)
-    return Estimate(value, low, high)
+    sums = per_user(np.where(present, values, 0.0), owner, len(labels))
+    counts = per_user((present[:, :1] if present.all() else present).astype(np.float64), owner, len(labels))
+    value, draws = _means(sums, counts, resamples, seed)
+    return Estimate(value, *_percentiles(draws, level))
+
+
+def pooled_mean(
+    sums: np.ndarray, counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
+) -> Estimate:
+    """The mean over S trainings of each one's mean over samples, and its percentile interval over users.
+
+    sums: [users, S, M], of M values over a user's samples in each training; counts: [users, S], those samples. A user
+    who is drawn is drawn in all trainings, so what these have in common stays in the interval; what other
+    seeds would give does not enter it. With one training the same as `bootstrap_mean`.
+    """
+    users, trainings, columns = sums.shape
+    value, draws = _means(sums.reshape(users, -1), np.repeat(counts, columns, axis=1), resamples, seed)
+    pooled = draws.reshape(resamples, trainings, columns).mean(axis=1)
+    return Estimate(value.reshape(trainings, columns).mean(axis=0), *_percentiles(pooled, level))
 
 
 def paired_difference(
@@ -60,7 +67,20 @@ def paired_difference(
     return bootstrap_mean(np.asarray(first) - np.asarray(second), users, resamples=resamples, seed=seed)
 
 
-def _per_user(values: np.ndarray, owner: np.ndarray, users: int) -> np.ndarray:
+def _means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(means [M], means of every resample [resamples, M]) of per-user sums [users, M], counts [users, M or 1]."""
+    draws = np.empty((resamples, sums.shape[1]))
+    rng = np.random.default_rng(seed)
+    step = max(1, CHUNK_WEIGHTS // max(len(sums), 1))
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample may miss every user of a column: NaN
+        for start in range(0, resamples, step):
+            weights = _resample(rng, min(step, resamples - start), len(sums))
+            draws[start : start + step] = (weights @ sums) / (weights @ counts)
+        return sums.sum(axis=0) / counts.sum(axis=0), draws
+
+
+def per_user(values: np.ndarray, owner: np.ndarray, users: int) -> np.ndarray:
+    """Sums of each column of `values` [n, M] over the rows of each user, [users, M]; owner: user numbers [n]."""
     columns = [np.bincount(owner, weights=column, minlength=users) for column in values.T]
     return np.stack(columns, axis=1) if columns else np.zeros((users, 0))
 

@@ -18,19 +18,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean
+from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean, per_user
 from rporec.evaluation.ranking import hit, ndcg, ranks
 from rporec.files import replacing, write_json
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from rporec.data import Dataset
 
 Convention = Literal["exclude_history", "all"]
 CONVENTIONS: tuple[Convention, ...] = ("exclude_history", "all")
 CUTS = (1, 3, 5, 10, 20, 50)
 METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTS)
+SUMMED = ("ndcg@10", "hr@10")  # what is compared in pairs, and pooled over seeds
 
 SCHEMA = pa.schema(
     [
@@ -54,6 +53,7 @@ METHOD_ORDER = (
     "gru4rec",
     "sasrec",
     "rechead_history",
+    "rechead_history_refreshed",
     "rporec_stage1",
     "rporec_stage1_sampled",
     "rporec_stage1_vote8",
@@ -64,12 +64,16 @@ METHOD_ORDER = (
     "rporec_stage1_blank",
     "rporec_stage1_shuffled",
     "rporec_stage1_refreshed",
+    "rporec_stage1_refreshed_sampled",
+    "rporec_stage1_refreshed_blank",
     "rporec_stage2",
     "rporec_stage2_sampled",
     "rporec_stage2_vote8",
     "rporec_stage2_blank",
     "rporec_stage2_shuffled",
     "rporec_stage2_refreshed",
+    "rporec_stage2_refreshed_sampled",
+    "rporec_stage2_refreshed_blank",
     "rere_sft",
     "s_dpo",
     "dynamicpo",
@@ -93,6 +97,9 @@ DEFAULT_PAIRS = (
     ("rporec_stage1", "rporec_stage1_shuffled"),
     ("rporec_stage2", "rechead_history"),
     ("rporec_stage2_refreshed", "rporec_stage1_refreshed"),
+    ("rporec_stage2_refreshed_sampled", "rporec_stage1_refreshed_sampled"),
+    ("rporec_stage2_refreshed", "rporec_stage2_refreshed_blank"),
+    ("rporec_stage2_refreshed", "rechead_history_refreshed"),
     ("rporec_stage2_vote8", "rporec_stage1_vote8"),
     ("rere", "rere_sft"),
     ("s_dpo", "rere_sft"),
@@ -100,13 +107,23 @@ DEFAULT_PAIRS = (
     ("napo", "rere_sft"),
     ("rere", "rporec_stage2"),
     ("rporec_stage2", "text_rules"),
+    ("rporec_stage2_refreshed", "text_rules"),
     ("rechead_history", "text_rules"),
     ("rporec_stage2", "sasrec"),
+    ("rporec_stage2_blank", "sasrec"),
+    ("rporec_stage2_refreshed", "sasrec"),
+    ("rporec_stage2_refreshed_blank", "sasrec"),
     ("rechead_history", "sasrec"),
     ("text_rules", "sasrec"),
     ("rporec_stage2", "popularity"),
     ("rechead_history", "popularity"),
 )
+
+
+def in_order(methods: Iterable[str]) -> list[str]:
+    """Known methods first, as METHOD_ORDER has them, then the rest as they came."""
+    place = {name: number for number, name in enumerate(METHOD_ORDER)}
+    return sorted(methods, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
 
 
 class RankTable:
@@ -123,10 +140,8 @@ class RankTable:
 
     @property
     def methods(self) -> list[str]:
-        """Names present, in the order of the table: known methods first, then the rest as they came."""
-        present = pc.unique(self.table["method"]).to_pylist()
-        place = {name: number for number, name in enumerate(METHOD_ORDER)}
-        return sorted(present, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
+        """Names present, in the order of the table."""
+        return in_order(pc.unique(self.table["method"]).to_pylist())
 
     def add(
         self, dataset: Dataset, method: str, convention: Convention, samples: np.ndarray, ranks: np.ndarray
@@ -222,19 +237,7 @@ def _summary(
     rows: pa.Table, methods: Sequence[str], pairs: Sequence[tuple[str, str]], resamples: int, seed: int
 ) -> dict[str, Any]:
     """Metrics and paired differences of one convention, from one set of resamples."""
-    names, method = np.unique(np.asarray(rows["method"]).astype(str), return_inverse=True)
-    samples, first, sample = np.unique(np.asarray(rows["sample"]), return_index=True, return_inverse=True)
-    users = np.asarray(rows["user_id"]).astype(str)[first]
-    at = np.asarray(rows["rank"])
-    row_values = np.stack([f(at, k) for f in (ndcg, hit) for k in CUTS], axis=1)  # [rows, metrics]
-
-    cell = method * len(samples) + sample
-    sizes = np.bincount(cell, minlength=len(names) * len(samples))
-    with np.errstate(invalid="ignore"):  # 0 / 0: a sample that a method lacks is NaN
-        cells = [np.bincount(cell, weights=v, minlength=len(sizes)) / sizes for v in row_values.T]
-    values = np.stack(cells, axis=1).reshape(len(names), len(samples), len(METRICS))
-    by_method = dict(zip(names.tolist(), values, strict=True))
-
+    by_method, users = _sample_values(rows)
     present = [m for m in methods if m in by_method]
     compared = [(a, b) for a, b in pairs if a in by_method and b in by_method]
     compared = [(a, b) for a, b in compared if not np.isnan(by_method[a] - by_method[b]).all()]
@@ -243,11 +246,25 @@ def _summary(
     estimate = bootstrap_mean(columns, users, resamples=resamples, seed=seed)
     block = {key: i * len(METRICS) for i, key in enumerate([*present, *compared])}
     return {
-        "samples": len(samples),
+        "samples": len(users),
         "users": len(np.unique(users)),
         "methods": {m: _method_entry(estimate, block[m], int((~np.isnan(by_method[m][:, 0])).sum())) for m in present},
         "paired": {f"{a}-{b}": _paired_entry(estimate, block[a, b]) for a, b in compared},
     }
+
+
+def _sample_values(rows: pa.Table) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(by method the METRICS of each sample [n, metrics], NaN where it lacks one; the user of each sample [n])."""
+    names, method = np.unique(np.asarray(rows["method"]).astype(str), return_inverse=True)
+    samples, first, sample = np.unique(np.asarray(rows["sample"]), return_index=True, return_inverse=True)
+    at = np.asarray(rows["rank"])
+    row_values = np.stack([f(at, k) for f in (ndcg, hit) for k in CUTS], axis=1)  # [rows, metrics]
+    cell = method * len(samples) + sample
+    sizes = np.bincount(cell, minlength=len(names) * len(samples))
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        cells = [np.bincount(cell, weights=v, minlength=len(sizes)) / sizes for v in row_values.T]
+    values = np.stack(cells, axis=1).reshape(len(names), len(samples), len(METRICS))
+    return dict(zip(names.tolist(), values, strict=True)), np.asarray(rows["user_id"]).astype(str)[first]
 
 
 def _method_entry(estimate: Estimate, start: int, samples: int) -> dict[str, Any]:
@@ -267,77 +284,25 @@ def _paired_entry(estimate: Estimate, start: int) -> dict[str, Any]:
     return entry
 
 
+def user_sums(table: RankTable, convention: Convention) -> pa.Table:
+    """One row a method and user: `samples`, and the sums of its NDCG@10 and HR@10 over them.
+
+    As much as means, paired differences and the bootstrap over users need of the ranks.
+    """
+    by_method, users = _sample_values(table.table.filter(pc.equal(table.table["convention"], convention)))
+    labels, owner = np.unique(users, return_inverse=True)
+    parts = []
+    for name in filter(by_method.__contains__, table.methods):
+        values = by_method[name][:, [METRICS.index(metric) for metric in SUMMED]]
+        present = ~np.isnan(values[:, :1])
+        counts, sums = (per_user(v, owner, len(labels)) for v in (present.astype(float), np.nan_to_num(values)))
+        columns = [pa.array([name] * len(labels)), pa.array(labels), pa.array(counts[:, 0].astype(np.int32))]
+        parts.append(
+            pa.Table.from_arrays([*columns, *map(pa.array, sums.T)], ["method", "user_id", "samples", *SUMMED])
+        )
+    return pa.concat_tables(parts)
+
+
 def write_metrics(summary: dict[str, Any], path: Path | str) -> None:
     """Write `metrics.json`, all or nothing."""
     write_json(Path(path), summary)
-
-
-def print_table(summary: dict[str, Any], console: Console) -> None:
-    """The headline convention as a table with 95 % intervals, and the paired differences below it."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    convention = summary["headline"]
-    part = summary["conventions"].get(convention)
-    if not part:
-        console.print(f"No ranks in the convention {convention}.")
-        return
-    kept = "the user's earlier items removed" if convention == "exclude_history" else "nothing removed"
-    title = f"{summary['split']}: {part['samples']:,} samples of {part['users']:,} users, whole catalogue, {kept}"
-    further: tuple[str, ...] = ("ndcg@5", "hr@5", "ndcg@20", "hr@20") if console.width >= 108 else ()
-    if console.width >= 134:
-        further += tuple(m for m in ("coverage@10", "diversity@10") if any(m in e for e in part["methods"].values()))
-    table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
-    table.add_column("method", no_wrap=True)
-    for metric in ("ndcg@10", "hr@10", *further):
-        table.add_column(metric.upper(), justify="right", no_wrap=True)
-    best = max(entry["ndcg@10"] for entry in part["methods"].values())
-    for method, entry in part["methods"].items():
-        cells = [_with_interval(entry[m], entry[f"{m}_ci"]) for m in ("ndcg@10", "hr@10")]
-        cells += [f"{entry[m]:.3f}" if m in entry else "–" for m in further]
-        table.add_row(method, *cells, style="bold" if entry["ndcg@10"] == best else "")
-    console.print(table)
-    if part["paired"]:
-        title = "Paired differences on the same samples"
-        table = Table(title=title, title_justify="left", title_style="", box=SIMPLE_HEAD)
-        table.add_column("A − B", no_wrap=True)
-        for heading in ("NDCG@10", "HR@10")[: 2 if console.width >= 108 else 1]:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for pair, entry in part["paired"].items():
-            clear = entry["ci"][0] > 0 or entry["ci"][1] < 0
-            cells = [
-                _with_interval(entry[m], entry[ci], sign="+") for m, ci in (("ndcg@10", "ci"), ("hr@10", "hr@10_ci"))
-            ]
-            table.add_row(pair.replace("-", " − ", 1), *cells[: len(table.columns) - 1], style="" if clear else "dim")
-        console.print(table)
-        console.print("Brackets: 95 % bootstrap over users. Dim: the interval of the NDCG difference holds 0.")
-    _print_by_popularity(part.get("by_popularity", {}), console)
-    if part.get("cold", {}).get("samples"):
-        cold = part["cold"]
-        listed = ", ".join(f"{method} {entry['ndcg@10']:.3f}" for method, entry in cold["methods"].items())
-        console.print(f"NDCG@10 on the {cold['samples']:,} targets that training never showed: {listed}")
-
-
-def _print_by_popularity(strata: dict[str, Any], console: Console) -> None:
-    """NDCG@10 of every method by how often train has the target."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    strata = {name: part for name, part in strata.items() if part["samples"]}
-    if not strata:
-        return
-    table = Table(
-        title="NDCG@10 by the target's popularity in train", title_justify="left", title_style="", box=SIMPLE_HEAD
-    )
-    table.add_column("method", no_wrap=True)
-    for name, part in strata.items():
-        table.add_column(f"{name} ({part['samples']:,})", justify="right", no_wrap=True)
-    for method in next(iter(strata.values()))["methods"]:
-        cells = [part["methods"].get(method, {}).get("ndcg@10") for part in strata.values()]
-        table.add_row(method, *("–" if value is None else f"{value:.3f}" for value in cells))
-    console.print(table)
-
-
-def _with_interval(value: float, interval: Sequence[float], sign: str = "") -> str:
-    low, high = interval
-    return rf"{value:{sign}.3f} \[{low:{sign}.3f}, {high:{sign}.3f}]"

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from rporec.models import shared_prefix
+from rporec.models.shared_prefix import SharedPrefix
 
 PAD = -1
 LOGITS_BUDGET = 1 << 26  # logits of one chunk: 256 MB in float32, a few such buffers at the peak
@@ -44,6 +48,11 @@ class Packed:
     def completions(self) -> int:
         return self.group.numel()
 
+    @cached_property
+    def prefix(self) -> SharedPrefix:
+        """Where the prompts and completions lie; of one layout for all passes over it."""
+        return SharedPrefix(self.branches)
+
     def allowed(self, window: int | None = None) -> torch.Tensor:
         """bool [B, 1, L, L]: may the query token (third axis) see the key token (fourth)?
 
@@ -58,7 +67,8 @@ class Packed:
         return mask[:, None]
 
     def to(self, device: torch.device | str) -> Packed:
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved = {name: one.to(device) for name, one in present.items() if isinstance(one, torch.Tensor)}
         return replace(self, **moved)
 
 
@@ -82,13 +92,18 @@ def token_logprobs(
     def score(packed: Packed) -> tuple[torch.Tensor, torch.Tensor | None]:
         lm = _causal_lm(model)
         packed = packed.to(lm.device)
-        output = lm.get_decoder()(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            attention_mask=_attention_mask(lm, packed),
-            use_cache=False,
-        )
-        hidden = output.last_hidden_state.flatten(0, 1)[packed.rows]
+        tokens, positions, rows = packed.input_ids, packed.position_ids, packed.rows
+        how: dict[str, Any] = {}
+        if not packed.causal and shared_prefix.install(lm):
+            prefix = packed.prefix
+            tokens, positions = (one.flatten()[prefix.tokens][None] for one in (tokens, positions))
+            rows = prefix.find(rows)
+            nothing = torch.zeros(1, 1, 1, 1, dtype=lm.dtype, device=tokens.device)  # so that no mask is made
+            how = {"packed": prefix, "attention_mask": nothing}
+        elif not packed.causal:
+            how = {"attention_mask": _attention_mask(lm, packed)}
+        output = lm.get_decoder()(input_ids=tokens, position_ids=positions, use_cache=False, **how)
+        hidden = output.last_hidden_state.flatten(0, 1)[rows]
         return _score_chunks(lm, hidden, packed.labels, temperature, with_entropy, budget)
 
     return _through(model, score)(packed)
@@ -100,7 +115,7 @@ def check_packing(model: nn.Module, packed: Packed, plain: Packed) -> float:
     Below `packing_tolerance` the model may train on packed rows; a model that cannot take such a
     mask at all gives infinity. Choose a long group: a window shows only in rows that are longer.
     """
-    if _causal_lm(model).config._attn_implementation not in ("sdpa", "eager"):
+    if _causal_lm(model).config._attn_implementation not in ("sdpa", "eager", shared_prefix.NAME):
         return math.inf
     training = model.training
     model.eval()
@@ -154,13 +169,11 @@ def _through(model: nn.Module, function: Callable[..., Any]) -> Callable[..., An
     return call
 
 
-def _attention_mask(lm: Any, packed: Packed) -> torch.Tensor | dict[str, torch.Tensor] | None:
-    """What the decoder takes as `attention_mask`: nothing for causal rows, else additive 4-D masks.
+def _attention_mask(lm: Any, packed: Packed) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Additive 4-D masks of packed rows, as the decoder takes them.
 
     transformers uses a 4-D mask as it is, in sliding layers too, so windows are cut in here.
     """
-    if packed.causal:
-        return None
 
     def additive(window: int | None) -> torch.Tensor:
         blocked = ~packed.allowed(window)

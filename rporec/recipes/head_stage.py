@@ -1,8 +1,8 @@
-"""Stage 1: what the RecHead is trained on, and the head itself."""
+"""Stage 1, and what comes after RL: what a RecHead is trained on, and the head itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,43 +23,43 @@ from rporec.text.completion_store import read_completions
 
 @dataclass(frozen=True)
 class HeadData:
+    samples: np.ndarray  # those of `train`
     train: HeadInputs
     targets: np.ndarray
     valid: HeadInputs
     valid_targets: np.ndarray
 
     def blank(self) -> HeadData:
-        return HeadData(self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
+        return HeadData(self.samples, self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
 
 
-def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1") -> HeadData:
-    """The head slice and validation with what the LLM of `stage` wrote for them."""
-    train, targets = _part(recipe, run.completions(stage, "head"))
-    valid, valid_targets = _part(recipe, run.completions(stage, "valid"))
-    return HeadData(train, targets, valid, valid_targets)
+def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1", slices: Sequence[str] = ("head",)) -> HeadData:
+    """The training slices named and validation, with what the LLM of `stage` wrote for them."""
+    parts = [_part(recipe, run.completions(stage, name)) for name in slices]
+    samples = np.concatenate([samples for samples, _ in parts])
+    train = HeadInputs.concatenate([inputs for _, inputs in parts])
+    valid_samples, valid = _part(recipe, run.completions(stage, "valid"))
+    targets = recipe.dataset.targets
+    return HeadData(samples, train, targets(samples), valid, targets(valid_samples))
 
 
 def history_data(recipe: StagedRecipe) -> HeadData:
     """The head slice and validation without any text."""
     dataset, train, valid = recipe.dataset, recipe.slices.head, recipe.evaluated("valid")
     train_inputs, valid_inputs = (head_inputs(dataset, samples, None) for samples in (train, valid))
-    return HeadData(train_inputs, dataset.targets(train), valid_inputs, dataset.targets(valid))
+    return HeadData(train, train_inputs, dataset.targets(train), valid_inputs, dataset.targets(valid))
 
 
-def _part(recipe: StagedRecipe, folder: Path) -> tuple[HeadInputs, np.ndarray]:
+def _part(recipe: StagedRecipe, folder: Path) -> tuple[np.ndarray, HeadInputs]:
     samples, texts = read_completions(folder)
-    return head_inputs(recipe.dataset, samples, texts), recipe.dataset.targets(samples)
+    return samples, head_inputs(recipe.dataset, samples, texts)
 
 
-def _with_silent(
-    recipe: StagedRecipe, inputs: HeadInputs, targets: np.ndarray, others: np.ndarray
-) -> tuple[HeadInputs, np.ndarray]:
-    """`inputs` and targets, with `head.samples: before_rl` behind those of `others` that have no completions."""
-    if recipe.config.head.samples == "slice":
-        return inputs, targets
-    silent = np.setdiff1d(others, recipe.slices.head)
-    blank = head_inputs(recipe.dataset, silent, None)
-    return HeadInputs.concatenate([blank, inputs]), np.concatenate([recipe.dataset.targets(silent), targets])
+def _silent(recipe: StagedRecipe, data: HeadData, others: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
+    """Those of `others` that `data` has no completions for, without text, and their targets; with `head.samples: slice` none."""
+    wanted = others if recipe.config.head.samples == "before_rl" else others[:0]
+    silent = np.setdiff1d(wanted, data.samples)
+    return head_inputs(recipe.dataset, silent, None), recipe.dataset.targets(silent)
 
 
 def train_stage_head(
@@ -107,8 +107,10 @@ def train_stage_head(
         "progress": report,
     }
     head = fresh()
-    learned = _with_silent(recipe, data.train, data.targets, recipe.slices.before_rl)
-    result = train_head(head, *learned, data.valid, data.valid_targets, **shared)
+    silent, silent_targets = _silent(recipe, data, recipe.slices.before_rl)
+    learned = HeadInputs.concatenate([silent, data.train])
+    targets = np.concatenate([silent_targets, data.targets])
+    result = train_head(head, learned, targets, data.valid, data.valid_targets, **shared)
     if rank == 0:
         if config.head_experts:
             head.experts = Experts.fit(dataset, rows_of(dataset, tuning_samples(dataset, refit=refit)))
@@ -127,15 +129,21 @@ def train_stage_head(
         head.save(run.head(name))
     if refit:
         final = fresh(epochs=max(1, result.epochs))
-        everything = HeadInputs.concatenate([data.train, data.valid])
-        targets = np.concatenate([data.targets, data.valid_targets])
-        train_head(final, *_with_silent(recipe, everything, targets, known), **shared)
+        silent, silent_targets = _silent(recipe, data, known)
+        learned = HeadInputs.concatenate([silent, data.train, data.valid])
+        train_head(final, learned, np.concatenate([silent_targets, data.targets, data.valid_targets]), **shared)
         if rank == 0:
             if head.experts:
                 known = np.concatenate([known, dataset.split("valid")])
                 final.experts = head.experts.refitted(dataset, rows_of(dataset, known))
             final.weights = dict(head.weights)
             final.save(run.head(f"{name}_refit"))
+
+
+def is_trained(run: Run, recipe: StagedRecipe, name: str) -> bool:
+    """Whether the head is there, and its refitted one, which is saved after it."""
+    wanted = [name, f"{name}_refit"] if recipe.config.head.refit == "train+valid" else [name]
+    return all(run.head(folder).is_dir() for folder in wanted)
 
 
 def final_head(run: Run, recipe: StagedRecipe, name: str) -> RecHead:

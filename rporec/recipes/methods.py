@@ -99,6 +99,7 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
             yield Method(f"rporec_{stage}_sampled", samples, _scored(head, inputs))
             yield from _voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
     yield from _more_warmup(recipe, run, head)
+    yield from _refreshed(recipe, run, ablations, test)
     yield from _ceilings(recipe, head.scores, test)
 
 
@@ -128,6 +129,24 @@ def _more_warmup(recipe: StagedRecipe, run: Run, frozen: RecHead) -> Iterator[Me
         inputs = head_inputs(recipe.dataset, samples, texts)
         yield Method(f"rporec_stage1_moresft{suffix}", samples, _scored(own, inputs))
         yield Method(f"rporec_stage1_moresft_frozen{suffix}", samples, _scored(frozen, inputs))
+
+
+def _refreshed(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray) -> Iterator[Method]:
+    """Heads trained anew after RL, on the RL slice too: each reads the LLM that it was trained for."""
+    dataset = recipe.dataset
+    if run.head("refreshed/history").is_dir():
+        history = final_head(run, recipe, "refreshed/history")
+        yield Method("rechead_history_refreshed", test, _scored(history, head_inputs(dataset, test, None)))
+    for stage in ("stage1", "stage2"):
+        if not run.head(f"refreshed/{stage}").is_dir():
+            continue
+        name, head = f"rporec_{stage}_refreshed", final_head(run, recipe, f"refreshed/{stage}")
+        if ablations:
+            yield Method(f"{name}_blank", test, _scored(head, head_inputs(dataset, test, None)))
+        for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
+            if run.completions(stage, part).is_dir():
+                samples, texts = read_completions(run.completions(stage, part))
+                yield Method(f"{name}{suffix}", samples, _scored(head, head_inputs(dataset, samples, texts)))
 
 
 def _scored(head: RecHead, inputs: HeadInputs) -> Scores:

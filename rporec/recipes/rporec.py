@@ -78,14 +78,14 @@ class RPORec(BaseRecipe):
         return warmup_pairs(self.dataset, read_rationales(self.run.folder / "rationales"), self.writer)
 
     def parts(self, stage: str) -> list[Part]:
-        """Test, greedily and sampled; of an LLM that a head is trained for, the head slice and validation too."""
+        """Test, greedily and sampled; of an LLM that heads are trained for, their slices and validation too."""
         completions, test = self.run.completions, self.evaluated("test")
-        parts = []
-        if stage != "stage2":
-            parts += [
-                Part(completions(stage, "head"), self.slices.head, self.written_spec()),
-                Part(completions(stage, "valid"), self.evaluated("valid"), self.greedy_spec()),
-            ]
+        slices = {} if stage == "stage2" else {"head": self.slices.head}
+        if self.config.head.refreshed and stage != "more_warmup":
+            slices = {"head": self.slices.head, "rl": self.slices.rl}
+        parts = [Part(completions(stage, name), samples, self.written_spec()) for name, samples in slices.items()]
+        if slices:
+            parts.append(Part(completions(stage, "valid"), self.evaluated("valid"), self.greedy_spec()))
         parts.append(Part(completions(stage, "test"), test, self.greedy_spec()))
         if n := self.config.eval_samples:
             parts.append(Part(completions(stage, "test_sampled"), test, self.sampled_spec(n)))

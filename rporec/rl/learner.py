@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -21,12 +21,12 @@ import torch
 
 from rporec.config import Config, ConfigError
 from rporec.engine.types import Version
-from rporec.models.backbone import load_model
-from rporec.models.policy import Packed, check_packing, packing_tolerance, token_logprobs
-from rporec.models.trainable import Trainable, all_concatenate, all_sum
+from rporec.models.policy import Packed, token_logprobs
+from rporec.models.trainable import all_concatenate, all_sum
 from rporec.rl import losses, rewards
 from rporec.rl.advantages import group_advantages
-from rporec.rl.packing import GroupTokens, by_length, pack, plain
+from rporec.rl.packing import GroupTokens, by_length, plain
+from rporec.rl.policies import Layout, frozen_reference, start_policy
 from rporec.rl.rollout_schema import REWARD_PARTS, completions, ragged, token_versions
 
 PARTS = ("wait", "forward", "backward", "publish", "reward", "other")
@@ -88,23 +88,9 @@ class Learner:
         self.config = config
         self.spec = losses.LossSpec.from_config(config.rl, config.rl_max_tokens)
         self.weights = rewards.weights_for(config.reward, tiny=config.tiny_backbone)
-        groups = config.groups_per_step // world
-        self.accumulation = math.ceil(groups / config.rl.micro_batch_groups)
-        torch.manual_seed(config.seed)
-        self.policy = Trainable(
-            model,
-            config,
-            lr=config.rl.lr,
-            accumulation=self.accumulation,
-            micro_batch=config.rl.micro_batch_groups,
-            schedule=lr_schedule(config),
-            grad_clip=config.rl.grad_clip,
-            dropout=False,
-        )
-        self.reference = self._frozen(model) if config.rl.kl else None
-        pad = self.policy.engine.module.config.pad_token_id
-        self.pad_id = 0 if pad is None else int(pad)
-        self.packs: bool | None = None  # decided on the first group
+        self.policy = start_policy(model, config, world)
+        self.reference = frozen_reference(model, self.policy) if config.rl.kl else None
+        self.lay_out = Layout(self.policy)
 
     # --- one step ----------------------------------------------------------------------------
     def start_step(self) -> Clock:
@@ -125,7 +111,7 @@ class Learner:
         clock.lap("reward")
 
         sums = torch.zeros(3, dtype=torch.float64)
-        for part in range(self.accumulation):
+        for part in range(self.policy.accumulation):
             empty = part >= len(batches)
             batch = batches[-1 if empty else part]
             if part > 0:
@@ -142,7 +128,7 @@ class Learner:
 
         An engine that has these weights must say the same. All ranks must call together.
         """
-        rows = plain([GroupTokens(prompt[:1], [prompt[1:]]) for prompt in prompts], self.pad_id)
+        rows = plain([GroupTokens(prompt[:1], [prompt[1:]]) for prompt in prompts], self.lay_out.pad_id)
         with torch.no_grad():
             logprobs, _ = token_logprobs(self.policy.engine, rows.to(self.policy.device))
         return logprobs.float().cpu().numpy()
@@ -219,9 +205,6 @@ class Learner:
     def micro_batches(self, groups: list[pa.RecordBatch], version: Version) -> Iterator[MicroBatch]:
         """The groups of a step laid out for the model, longest first; `version` as `step` takes it."""
         tokens = [_group_tokens(group) for group in groups]
-        if self.packs is None:
-            self.packs = self._may_pack(max(tokens, key=lambda one: one.packed_length))
-        lay_out = pack if self.packs else plain
         for rows in by_length(tokens, self.config.rl.micro_batch_groups):
             batch = pa.concat_batches([groups[row] for row in rows])
             behaviour, _ = ragged(batch, "logprobs")
@@ -229,32 +212,13 @@ class Learner:
             masked = batch.column("masked").to_numpy(zero_copy_only=False).astype(bool)
             reward = batch.column("reward_without_entropy").to_numpy(zero_copy_only=False).astype(np.float32)
             yield MicroBatch(
-                packed=lay_out([tokens[row] for row in rows], self.pad_id),
+                packed=self.lay_out([tokens[row] for row in rows]),
                 behaviour=torch.from_numpy(behaviour.copy()),
                 current=torch.from_numpy((attempt == version.attempt) & (number == version.number)),
                 in_cot=torch.from_numpy(_in_cot(batch)),
                 reward=torch.from_numpy(np.where(masked, np.nan, reward).astype(np.float32)),
                 format=torch.from_numpy(batch.column("format").to_numpy().astype(np.float32)),
             )
-
-    def _may_pack(self, group: GroupTokens) -> bool:
-        """Whether this model reads a packed group as it reads plain sequences; else one warning."""
-        module = self.policy.engine.module
-        layouts = (pack([group], self.pad_id), plain([group], self.pad_id))
-        difference = check_packing(module, *(layout.to(self.policy.device) for layout in layouts))
-        if difference <= packing_tolerance(module):
-            return True
-        print(
-            f"learner: this model reads packed groups differently (by {difference:.2g} nats); "
-            "training on plain sequences, which costs the prompt once per completion",
-            flush=True,
-        )
-        return False
-
-    def _frozen(self, model: Path | str) -> torch.nn.Module:
-        module = self.policy.engine.module
-        dtype = next(module.parameters()).dtype
-        return load_model(model, dtype).requires_grad_(False).eval().to(self.policy.device)
 
     # --- what a person sees ------------------------------------------------------------------
     def _metrics(
@@ -317,18 +281,6 @@ class Learner:
                 f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
             )
         self.policy.load_checkpoint(folder)
-
-
-def lr_schedule(config: Config) -> Callable[[int], float] | None:
-    """Factor of `rl.lr` at an optimiser step (from 0): a linear rise over `warmup_steps`, then `schedule`; None: 1."""
-    rise, steps = config.rl.warmup_steps, config.steps
-    if config.rl.schedule == "cosine":
-        return lambda step: (step + 1) / rise if step < rise else _cosine((step - rise) / max(1, steps - rise))
-    return (lambda step: min(1.0, (step + 1) / rise)) if rise else None
-
-
-def _cosine(done: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
 def _group_tokens(group: pa.RecordBatch) -> GroupTokens:

@@ -6,7 +6,6 @@ so there is no ledger, no version and no correction.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ import numpy as np
 import torch
 
 from rporec.config import Config
-from rporec.models.backbone import load_model
-from rporec.models.policy import Packed, check_packing, packing_tolerance, token_logprobs
-from rporec.models.trainable import Trainable, all_sum
-from rporec.rl.learner import lr_schedule
-from rporec.rl.packing import GroupTokens, by_length, pack, plain
+from rporec.models.policy import Packed, token_logprobs
+from rporec.models.trainable import all_sum
+from rporec.rl.packing import GroupTokens, by_length
+from rporec.rl.policies import Layout, frozen_reference, start_policy
 from rporec.rl.preference import boundary, confidence_margin, dynamic_po, napo, s_dpo, shared_negatives
 
 # Sample numbers [P] -> (vectors of their users [P, E], scores of all items [P, N]) by another recommender.
@@ -57,30 +55,16 @@ class PreferenceLearner:
     ) -> None:
         """auxiliary: needed by NAPO."""
         self.config, self.auxiliary = config, auxiliary
-        self.accumulation = math.ceil(config.groups_per_step // world / config.rl.micro_batch_groups)
-        torch.manual_seed(config.seed)
-        self.policy = Trainable(
-            model,
-            config,
-            lr=config.rl.lr,
-            accumulation=self.accumulation,
-            micro_batch=config.rl.micro_batch_groups,
-            schedule=lr_schedule(config),
-            grad_clip=config.rl.grad_clip,
-            dropout=False,
-        )
-        module = self.policy.engine.module
-        dtype = next(module.parameters()).dtype
-        self.reference = load_model(model, dtype).requires_grad_(False).eval().to(self.policy.device)
-        self.pad_id = int(module.config.pad_token_id or 0)
-        self.packs: bool | None = None  # decided on the first group
+        self.policy = start_policy(model, config, world)
+        self.reference = frozen_reference(model, self.policy)
+        self.lay_out = Layout(self.policy)
 
     def step(self, groups: list[Preferences]) -> dict[str, Any]:
         """One optimiser step on this rank's groups; returns what steps.jsonl says of it. All ranks call together."""
         prompts = all_sum(torch.tensor([len(groups)])).item()
         parts = by_length([group.tokens for group in groups], self.config.rl.micro_batch_groups)
         sums = torch.zeros(4, dtype=torch.float64)
-        for number in range(self.accumulation):
+        for number in range(self.policy.accumulation):
             empty = number >= len(parts)
             chosen = [groups[row] for row in parts[-1 if empty else number]]
             judged = self._judge(chosen)
@@ -102,7 +86,7 @@ class PreferenceLearner:
         }
 
     def _judge(self, groups: list[Preferences]) -> Judged:
-        packed = self._lay_out([group.tokens for group in groups]).to(self.policy.device)
+        packed = self.lay_out([group.tokens for group in groups]).to(self.policy.device)
         logprobs, _ = token_logprobs(self.policy.engine, packed)
         with torch.no_grad():
             reference, _ = token_logprobs(self.reference, packed)
@@ -132,13 +116,6 @@ class PreferenceLearner:
         device = owner.device
         pairs = (prompt.to(device), negative.to(device))
         return napo(judged.chosen, judged.rejected, pairs, margins.to(device), settings.beta), len(prompt)
-
-    def _lay_out(self, groups: list[GroupTokens]) -> Packed:
-        if self.packs is None:  # a model may read packed rows as it does plain ones, or not
-            module, longest = self.policy.engine.module, max(groups, key=lambda group: group.packed_length)
-            layouts = [lay_out([longest], self.pad_id).to(self.policy.device) for lay_out in (pack, plain)]
-            self.packs = check_packing(module, *layouts) <= packing_tolerance(module)
-        return (pack if self.packs else plain)(groups, self.pad_id)
 
 
 def _completion_sums(logprobs: torch.Tensor, packed: Packed) -> torch.Tensor:

@@ -15,7 +15,7 @@ from actors.simulated import Latency
 from benchmarks import async_training, baselines, control_plane, packing, ray_path, retrieval
 from benchmarks.result import result
 from benchmarks.rounds import in_turns
-from rporec.cli import BENCHMARKS
+from rporec.arguments import BENCHMARKS
 from rporec.config import SyntheticConfig, TinyConfig
 
 

@@ -15,7 +15,14 @@ from trained_run import CONFIG, Watched, rporec
 
 from actors.debug import saved_groups
 from rporec.evaluation.ranking import ndcg
+from rporec.evaluation.ranking import ranks as all_ranks
 from rporec.files import read_json, read_lines
+from rporec.models.rechead import RecHead
+from rporec.recipes import load_recipe
+from rporec.recipes.head_stage import head_data
+from rporec.rl.judge import head_inputs
+from rporec.run import Run
+from rporec.text.completion_store import read_completions
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
 
@@ -28,6 +35,8 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
     expected = {"popularity", "recent_popularity", "itemknn", "ease", "rules", "text_knn", "text_rules"}
     expected |= {"rechead_history", "oracle", "teacher"}
     kinds = ("", "_sampled", "_vote2", "_blank", "_shuffled")
+    kinds += ("_refreshed", "_refreshed_sampled", "_refreshed_blank")
+    expected |= {"rechead_history_refreshed"}
     expected |= {f"rporec_{stage}{kind}" for stage in ("stage1", "stage2") for kind in kinds}
     assert expected == set(methods)
     for entry in methods.values():
@@ -35,6 +44,28 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
         assert low <= entry["ndcg@10"] <= high
     assert "rporec_stage2_sampled-rporec_stage1_sampled" in summary["conventions"][summary["headline"]]["paired"]
     assert "rechead_history" in trained.output
+
+
+def test_refreshed_heads_have_the_rl_slice_too_and_differ_in_what_their_llm_wrote(trained: Watched) -> None:
+    run = Run.open(trained.folder)
+    recipe = load_recipe(run, run.config())
+    dataset, wanted = recipe.dataset, np.concatenate([recipe.slices.head, recipe.slices.rl])
+    before, after = (head_data(recipe, run, stage, ("head", "rl")) for stage in ("stage1", "stage2"))
+    for data in (before, after):
+        np.testing.assert_array_equal(data.targets, dataset.targets(wanted))
+        np.testing.assert_array_equal(data.valid_targets, dataset.targets(recipe.evaluated("valid")))
+    learned = read_json(run.folder / "best.json")["version"] > 0  # else validation kept the LLM before RL
+    assert any(map(str.__ne__, before.train.cot, after.train.cot)) == learned
+
+    ranks = pq.read_table(run.folder / "ranks.parquet").to_pandas()
+    for stage in ("stage1", "stage2"):
+        assert {line["head"] for line in read_lines(run.folder / f"refreshed_{stage}.jsonl")} >= {f"refreshed/{stage}"}
+        head = RecHead.load(run.head(f"refreshed/{stage}"), dataset.catalog)
+        samples, texts = read_completions(run.completions(stage, "test"))
+        scores = head.scores(head_inputs(dataset, samples, texts)).numpy()
+        rows = ranks[(ranks.method == f"rporec_{stage}_refreshed") & (ranks.convention == "all")]
+        expected = dict(zip(samples.tolist(), all_ranks(scores, dataset.targets(samples), None), strict=True))
+        assert dict(zip(rows["sample"], rows["rank"], strict=True)) == expected
 
 
 def test_tensorboard_finds_the_steps(trained: Watched) -> None:

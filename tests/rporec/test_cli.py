@@ -24,6 +24,7 @@ COMMANDS = (
     "data download",
     "train",
     "evaluate",
+    "study",
     "status",
     "plan",
     "report",
@@ -212,6 +213,15 @@ def test_a_run_of_data_alone_is_evaluated_without_a_cluster(here, rporec, refuse
     assert 0 < methods["rules"]["coverage@10"] <= 1
     assert summary["baselines"]["rules"]["tried"] == 45
     assert set(summary["conventions"]["all"]["by_popularity"]) == {"head", "middle", "tail"}
+
+
+# --- study -------------------------------------------------------------------------------------
+def test_a_study_that_cannot_be_made_is_refused_before_anything_starts(refused):
+    assert "study: say CONFIG.yaml, or --tables" in refused("study", "--seed", "0")
+    assert "--tables takes no CONFIG.yaml" in refused("study", DEMO, "--tables", "there")
+    assert "there: no results of a study here" in refused("study", "--tables", "there")
+    assert "sed: unknown config key" in refused("study", DEMO, "--seed", "0", "sed=1")
+    assert "nowhere: no such folder" in refused("study", DEMO, "--data", "nowhere")
 
 
 # --- the other commands on runs ----------------------------------------------------------------

@@ -30,6 +30,10 @@ REFUSED = {
         {"recipe": "rere", "max_staleness": 0, "more_warmup": True},
         "recipe: rere has no more_warmup",
     ),
+    "heads of another recipe": (
+        {"recipe": "rere", "max_staleness": 0, "head": {"refreshed": True}},
+        "recipe: rere has no head.refreshed",
+    ),
     "no such baseline": (
         {"evaluate": {"baselines": ["easy"]}},
         "evaluate.baselines: 'easy' is none of all, none, popul",

