@@ -106,38 +106,40 @@ def train_stage_head(
         "world": world,
         "progress": report,
     }
-    head = fresh()
-    silent, silent_targets = _silent(recipe, data, recipe.slices.before_rl)
-    learned = HeadInputs.concatenate([silent, data.train])
-    targets = np.concatenate([silent_targets, data.targets])
-    result = train_head(head, learned, targets, data.valid, data.valid_targets, **shared)
+
+    def chosen(label: str, others: np.ndarray) -> tuple[RecHead, int]:
+        """(a head on `data` and the silent ones of `others`, its epochs); validation picks epochs and scalars."""
+        head = fresh()
+        silent, targets = _silent(recipe, data, others)
+        learned = HeadInputs.concatenate([silent, data.train]), np.concatenate([targets, data.targets])
+        result = train_head(head, *learned, data.valid, data.valid_targets, **shared)
+        if rank == 0:
+            head.experts = tuned
+            reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=masks)
+            record = {"head": label, "epoch": result.epochs, "epochs": config.head.epochs}
+            progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
+        return head, result.epochs
+
+    tuned = None
+    if rank == 0 and config.head_experts:
+        tuned = Experts.fit(dataset, rows_of(dataset, tuning_samples(dataset, refit=refit)))
+    head, epochs = chosen(name, recipe.slices.before_rl)
     if rank == 0:
-        if config.head_experts:
-            head.experts = Experts.fit(dataset, rows_of(dataset, tuning_samples(dataset, refit=refit)))
-        reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=masks)
-        if head.experts:
-            head.experts = head.experts.refitted(dataset, rows_of(dataset, known))
-        progress(
-            {
-                "head": name,
-                "epoch": result.epochs,
-                "epochs": config.head.epochs,
-                "valid_ndcg@10": reached,
-                "weights": head.weights,
-            }
-        )
+        head.experts = tuned and tuned.refitted(dataset, rows_of(dataset, known))
         head.save(run.head(name))
     if refit:
-        final = fresh(epochs=max(1, result.epochs))
-        silent, silent_targets = _silent(recipe, data, known)
+        label = f"{name}_refit"
+        if config.head.samples == "before_rl":  # as near to validation as the last fit to test
+            head, epochs = chosen(label, known)
+        final = fresh(epochs=max(1, epochs))
+        silent, targets = _silent(recipe, data, known)
         learned = HeadInputs.concatenate([silent, data.train, data.valid])
-        train_head(final, learned, np.concatenate([silent_targets, data.targets, data.valid_targets]), **shared)
+        train_head(final, learned, np.concatenate([targets, data.targets, data.valid_targets]), **shared)
         if rank == 0:
-            if head.experts:
-                known = np.concatenate([known, dataset.split("valid")])
-                final.experts = head.experts.refitted(dataset, rows_of(dataset, known))
+            known = np.concatenate([known, dataset.split("valid")])
+            final.experts = tuned and tuned.refitted(dataset, rows_of(dataset, known))
             final.weights = dict(head.weights)
-            final.save(run.head(f"{name}_refit"))
+            final.save(run.head(label))
 
 
 def is_trained(run: Run, recipe: StagedRecipe, name: str) -> bool:

@@ -83,7 +83,7 @@ def test_scalars_are_searched_as_far_from_validation_as_test_will_be(run, refit,
     tuned = tuning_samples(dataset, refit=refit != "none")
     known = np.concatenate([train, valid]) if refit != "none" else train
     stored = RecHead.load(run.head("head"), dataset.catalog)
-    for experts, samples in ((searched[0], tuned), (stored.experts, train), (final.experts, known)):
+    assert len(searched) == (2 if refit != "none" else 1)
+    for experts, samples in (*((one, tuned) for one in searched), (stored.experts, train), (final.experts, known)):
         expected = Experts.fit(dataset, rows_of(dataset, samples)).arrays()
         assert all(np.array_equal(value, experts.arrays()[name]) for name, value in expected.items())
-    assert final.weights == stored.weights
