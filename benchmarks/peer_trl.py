@@ -56,11 +56,23 @@ WORKLOADS = (
 THREADS = (1, 2)  # of TRL
 CORES = 2  # of either side
 ROUNDS, SECONDS = 3, 4.0  # turns of each side; a turn ends with the first step after so many seconds
-QUICK = {"rounds": 2, "seconds": 2.0}
-WARMING, PATIENCE = 2, 600.0  # steps before the first turn; seconds for the first of them, and for a turn
+PATIENCE = 600.0  # seconds for the first step, and for a turn
+QUICK = {
+    # Half the groups where TRL takes a quarter of a minute for a step.
+    "workloads": [
+        one.model_copy(update={"groups": 2}) if one.name in ("stage2", "recommendation_10M") else one
+        for one in WORKLOADS
+    ],
+    "rounds": 2,
+    "seconds": 1.0,
+    "warming": 1,
+}
 
 
-def run(workloads: Sequence[Workload] = WORKLOADS, *, rounds: int = ROUNDS, seconds: float = SECONDS) -> dict[str, Any]:
+def run(
+    workloads: Sequence[Workload] = WORKLOADS, *, rounds: int = ROUNDS, seconds: float = SECONDS, warming: int = 2
+) -> dict[str, Any]:
+    """warming: steps of each side before its first turn."""
     before, console = machine(), Console(stderr=True)
     ratios: dict[str, Any] = {}
     wall: dict[str, float] = {}
@@ -74,7 +86,7 @@ def run(workloads: Sequence[Workload] = WORKLOADS, *, rounds: int = ROUNDS, seco
     ):
         for number, workload in enumerate(workloads):
             bar.update(number, note=workload.name)
-            turns = measure(workload, Path(scratch) / workload.name, python, rounds, seconds)
+            turns = measure(workload, Path(scratch) / workload.name, python, rounds, seconds, warming)
             ratios |= {f"{key}_{workload.name}": value for key, value in compare(turns, workload).items()}
             for name, taken in turns.items():
                 steps = sum(turn.steps for turn in taken)
@@ -100,7 +112,9 @@ def compare(turns: Mapping[str, Sequence[Turn]], workload: Workload) -> dict[str
     return found
 
 
-def measure(workload: Workload, folder: Path, python: Path, rounds: int, seconds: float) -> dict[str, list[Turn]]:
+def measure(
+    workload: Workload, folder: Path, python: Path, rounds: int, seconds: float, warming: int
+) -> dict[str, list[Turn]]:
     """The turns of `ours` and of `trl_N` with N threads."""
     cores = set(sorted(os.sched_getaffinity(0))[:CORES])
     folder.mkdir(parents=True)
@@ -126,7 +140,7 @@ def measure(workload: Workload, folder: Path, python: Path, rounds: int, seconds
         for start in (ours, *(partial(trl, threads) for threads in THREADS)):
             side = start()
             ends.callback(side.end)
-            side.warm_up(WARMING, PATIENCE)
+            side.warm_up(warming, PATIENCE)
             sides.append(side)
         return in_turns(sides, rounds=rounds, seconds=seconds, timeout=PATIENCE)
 

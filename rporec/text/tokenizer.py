@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from rporec.text.completion import TAGS
 
@@ -42,6 +43,10 @@ def fit_tokenizer(texts: Iterable[str], vocabulary: int, tokens: Sequence[str] =
     )
 
 
+# tokenizer -> text of each token by itself, as far as it was asked for: decoding one costs as much as many.
+_ALONE: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, str]] = WeakKeyDictionary()
+
+
 def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
     """Text of every token; the pieces rejoin to the decoded text.
 
@@ -51,7 +56,12 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
     if not ids:
         return []
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    pieces = tokenizer.batch_decode([[token] for token in ids], skip_special_tokens=True)
+    known = _ALONE.setdefault(tokenizer, {})
+    if new := set(ids) - known.keys():
+        known.update(
+            zip(new, tokenizer.batch_decode([[token] for token in new], skip_special_tokens=True), strict=True)
+        )
+    pieces = [known[token] for token in ids]
     if "".join(pieces) == whole:
         return pieces
     # Characters cut by tokens, or a decoder that looks at neighbours: let growing prefixes decide.
