@@ -107,7 +107,8 @@ class Leases:
         prompts = self.recipe.prompts([group.sample for group in groups])
         leases = [Lease(one.id, one.sample, prompt, one.seed) for one, prompt in zip(groups, prompts, strict=True)]
         spec = self.recipe.rollout_spec(leases[0].seed)  # a worker takes the seed from the lease
-        patience = self.training.config.engine.timeout * math.ceil(len(groups) / worker.slots)
+        # As many rounds of its slots as it holds groups: those ahead of these are written first.
+        patience = self.training.config.engine.timeout * math.ceil(worker.running / worker.slots)
         if not self.training.on_policy:
             payload, meta = worker.actor.generate.remote(leases[0], spec)
             return [payload], [await answer(meta, patience)]
