@@ -68,7 +68,7 @@ def measure(shape: SyntheticConfig, names: tuple[str, ...] = BASELINES, seeds: i
     return {"wall": wall, "cpu": cpu, "size": size, "ndcg@10": {one: methods[one]["ndcg@10"] for one in names}}
 
 
-QUICK = {"shape": SyntheticConfig(users=1000, series=60, volumes=6), "seeds": 1}
+QUICK = {"shape": SyntheticConfig(users=500, series=40, volumes=4), "seeds": 1}
 
 
 def run(shape: SyntheticConfig = WORLD, seeds: int = 3) -> dict[str, Any]:
