@@ -95,8 +95,7 @@ class SharingRollout(SimulatedRollout):
         self._count = itertools.count()
         self._next: asyncio.TimerHandle | None = None
 
-    def write(self, seconds: float, begin: Callable[[], None], value: Callable[[], Any]) -> asyncio.Future:
-        begin()
+    def write(self, seconds: float, value: Callable[[], Any]) -> asyncio.Future:
         self._advance()
         future = asyncio.get_running_loop().create_future()
         heapq.heappush(self._running, (self._given + seconds, next(self._count), future, value))

@@ -17,17 +17,6 @@ from rporec.engine.types import Version
 from rporec.rl.ledger import Group
 from rporec.rl.rollout_schema import Lease
 
-AHEAD = 0.5  # of an engine's slots: groups that wait in it, so that it has the next one when completions end
-
-
-def at_once(slots: int) -> int:
-    """Groups that a worker whose engine writes `slots` of them may hold.
-
-    The engine takes completions, not groups: the short ones of a group end long before it does, and by the time
-    that another group has been asked for and has come some steps have passed.
-    """
-    return slots + math.ceil(AHEAD * slots)
-
 
 class Leases:
     """PENDING groups become GENERATED."""
@@ -45,7 +34,7 @@ class Leases:
             self._lease_freely()
 
     def _lease_freely(self) -> None:
-        """To the worker that holds the fewest, as long as one may hold more."""
+        """To the worker that holds the fewest, as long as one has a free slot."""
         while free := [worker for worker in self.staff.rollouts.alive if self._may_lease(worker)]:
             worker = min(free, key=lambda worker: worker.running)
             if (group := self.ledger.lease(worker.name)) is None:
@@ -55,7 +44,7 @@ class Leases:
     def _may_lease(self, worker: Worker) -> bool:
         """Not to a worker whose tokens would be too old, or of an undone attempt, when they are consumed."""
         fresh = worker.version.attempt == self.ledger.version.attempt and self.ledger.admits(worker.version.number)
-        return fresh and not worker.validating and worker.running < at_once(worker.slots)
+        return fresh and not worker.validating and worker.running < worker.slots
 
     def _lease_together(self) -> None:
         """All that may be leased, in turn, once nothing is under way; each engine begins when it has its share."""
@@ -107,8 +96,7 @@ class Leases:
         prompts = self.recipe.prompts([group.sample for group in groups])
         leases = [Lease(one.id, one.sample, prompt, one.seed) for one, prompt in zip(groups, prompts, strict=True)]
         spec = self.recipe.rollout_spec(leases[0].seed)  # a worker takes the seed from the lease
-        # As many rounds of its slots as it holds groups: those ahead of these are written first.
-        patience = self.training.config.engine.timeout * math.ceil(worker.running / worker.slots)
+        patience = self.training.config.engine.timeout * math.ceil(len(groups) / worker.slots)
         if not self.training.on_policy:
             payload, meta = worker.actor.generate.remote(leases[0], spec)
             return [payload], [await answer(meta, patience)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -155,60 +154,29 @@ class _Actor:
 
 
 class SimulatedRollout(_Actor):
-    """Each group takes its own time, however many of its `slots` are taken; tokens know the versions that came by."""
+    """Each group takes its own time, however many run at once; tokens know the versions that came by."""
 
-    def __init__(
-        self, name: str, start: float, latency: Latency, rng: np.random.Generator, size: int, slots: int
-    ) -> None:
+    def __init__(self, name: str, start: float, latency: Latency, rng: np.random.Generator, size: int) -> None:
         super().__init__(name, start)
-        self.latency, self.rng, self.size, self.slots = latency, rng, size, slots
+        self.latency, self.rng, self.size = latency, rng, size
         self.version = FIRST_VERSION
         self.busy = 0.0  # seconds of generation that were asked for
-        self._writing = 0
-        self._waiting: deque[Callable[[], None]] = deque()  # what begins them
 
     def generate(self, lease: Lease, spec: Spec) -> tuple[Rows, asyncio.Future]:
-        seconds, first = self.latency.draw(self.rng), self.version
+        first, seconds = self.version, self.latency.draw(self.rng)
         self.busy += seconds
 
         rows = Rows(lambda: _rows(lease, rows.meta))
-
-        def begin() -> None:
-            nonlocal first
-            first = self.version
 
         def finish() -> GroupMeta:
             versions = tuple(sorted({first, self.version}))
             rows.meta = GroupMeta(lease.group, TOKENS * self.size, (TOKENS,) * self.size, versions, 1.0)
             return rows.meta
 
-        return rows, self.write(seconds, begin, finish)
+        return rows, self.write(seconds, finish)
 
-    def write(self, seconds: float, begin: Callable[[], None], value: Callable[[], Any]) -> asyncio.Future:
-        """`begin` is called when a slot is free for it, `value` at its end."""
-        answer = asyncio.get_running_loop().create_future()
-        self.open.add(answer)
-
-        def ended(written: asyncio.Future) -> None:
-            self._writing -= 1
-            self.open.discard(answer)
-            if not self.dead and not answer.done():
-                answer.set_result(written.result())
-            if self._waiting and not self.dead:
-                self._waiting.popleft()()
-
-        def start() -> None:
-            self._writing += 1
-            begin()
-            self.answer(seconds, value).add_done_callback(ended)
-
-        if self.dead:
-            answer.set_exception(ActorDiedError())
-        elif self._writing < self.slots:
-            start()
-        else:
-            self._waiting.append(start)
-        return answer
+    def write(self, seconds: float, value: Callable[[], Any]) -> asyncio.Future:
+        return self.answer(seconds, value)
 
     def generate_together(self, leases: Sequence[Lease], spec: Spec) -> tuple[Any, ...]:
         rows, metas = zip(*(self.generate(lease, spec) for lease in leases), strict=True)
@@ -284,9 +252,7 @@ class SimulatedPlacement:
     alive: dict[str, _Actor] = field(default_factory=dict)
 
     def rollout(self, run: Run, config: Config, recipe: Any, name: str, place: int) -> Handle:
-        return self._keep(
-            self.rollout_kind(name, self.start, self.rollout_latency, self._rng(), config.group_size, config.slots)
-        )
+        return self._keep(self.rollout_kind(name, self.start, self.rollout_latency, self._rng(), config.group_size))
 
     def reward(self, run: Run, config: Config, name: str) -> Handle:
         return self._keep(SimulatedReward(name, self.start, self.reward_latency, self._rng()))

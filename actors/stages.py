@@ -268,7 +268,9 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     with run.stage("evaluate") if over else contextlib.nullcontext():
         if run.best_model.is_dir():
             _forget_earlier_best(run)
-            _write_completions(job, recipe, run.best_model, recipe.parts("stage2"))
+            # Heads are refreshed once it is over; until then the next best model would undo what was written for them.
+            parts = [part for part in recipe.parts("stage2") if over or part.folder.name.startswith("test")]
+            _write_completions(job, recipe, run.best_model, parts)
         if config.more_warmup and over:
             _more_warmup(job, recipe)
         if config.head.refreshed and over:

@@ -29,7 +29,6 @@ from rich.console import Console
 
 from actors.cluster import connected, core
 from actors.controller import Controller
-from actors.leases import at_once
 from actors.placement import RayPlacement
 from actors.rollout import RolloutWorker, rollout_options
 from benchmarks.result import machine, result
@@ -211,7 +210,7 @@ def measure(folder: Path, workload: Workload, groups: int, rounds: int) -> dict[
                 prompts = [prompt.tolist() for prompt in one.prompts([one.draw(n)[0] for n in range(groups)])]
                 taken = {
                     "bare": ray.get(bare.write.remote(prompts, lengths, workload.size)),
-                    "actor": watched(worker, total, partial(ask, worker, one, groups, at_once(config.slots))),
+                    "actor": watched(worker, total, partial(ask, worker, one, groups, config.slots)),
                     "controller": watched(worker, total, partial(controlled, other)),
                 }
                 if number:

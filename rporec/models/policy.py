@@ -67,6 +67,8 @@ class Packed:
         return mask[:, None]
 
     def to(self, device: torch.device | str) -> Packed:
+        if self.input_ids.device == torch.device(device):
+            return self  # with the layout that it has found
         present = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: one.to(device) for name, one in present.items() if isinstance(one, torch.Tensor)}
         return replace(self, **moved)
@@ -98,7 +100,8 @@ def token_logprobs(
             prefix = packed.prefix
             tokens, positions = (one.flatten()[prefix.tokens][None] for one in (tokens, positions))
             rows = prefix.find(rows)
-            nothing = torch.zeros(1, 1, 1, 1, dtype=lm.dtype, device=tokens.device)  # so that no mask is made
+            # So that no mask is made, and that a layer that does not hand `packed` on is found out.
+            nothing = torch.full((1, 1, 1, 1), math.nan, dtype=lm.dtype, device=tokens.device)
             how = {"packed": prefix, "attention_mask": nothing}
         elif not packed.causal:
             how = {"attention_mask": _attention_mask(lm, packed)}

@@ -31,12 +31,11 @@ class Completions:
     prompts: torch.Tensor  # int64 [R, P], where the prompt's tokens lie
     tokens: torch.Tensor  # int64 [R, C], where its own lie; of padding the completion's first
     seen: torch.Tensor  # bool [R, 1, C, P + C]
-    distance: torch.Tensor  # int64 [R, C, P + C], from the position of a key to that of the query
 
-    def mask(self, window: int | None, dtype: torch.dtype) -> torch.Tensor:
-        """Additive [R, 1, C, P + C]; `window`: only keys fewer than so many positions back are seen."""
-        seen = self.seen if window is None else self.seen & (self.distance < window)[:, None]
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+    def mask(self, dtype: torch.dtype) -> torch.Tensor:
+        """Additive [R, 1, C, P + C]."""
+        nothing = torch.zeros(self.seen.shape, dtype=dtype, device=self.seen.device)
+        return nothing.masked_fill_(~self.seen, torch.finfo(dtype).min)
 
 
 class SharedPrefix:
@@ -77,20 +76,20 @@ class SharedPrefix:
             self.places[part.tokens[whole]] = offset + whole.flatten().nonzero()[:, 0]
             offset += part.tokens.numel()
             self.parts.append(part)
-        self._masks: dict[Any, list[torch.Tensor]] = {}
+        self._masks: dict[torch.dtype, list[torch.Tensor]] = {}
 
     def find(self, rows: torch.Tensor) -> torch.Tensor:
         """Places among the N tokens of places in the flattened rows."""
         return self._order[rows]
 
-    def masks(self, window: int | None, dtype: torch.dtype) -> list[torch.Tensor]:
+    def masks(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """Of each of the parts; the layers of a model share them."""
-        if (window, dtype) not in self._masks:
-            self._masks[window, dtype] = [part.mask(window, dtype) for part in self.parts]
-        return self._masks[window, dtype]
+        if dtype not in self._masks:
+            self._masks[dtype] = [part.mask(dtype) for part in self.parts]
+        return self._masks[dtype]
 
     def attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None, window: int | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None = None
     ) -> torch.Tensor:
         """query [1, H, N, D], key and value [1, K, N, D] with K a divisor of H; returns [1, N, H, D]."""
         flat = [one[0].transpose(0, 1) for one in (query, key, value)]
@@ -101,19 +100,11 @@ class SharedPrefix:
             found = scaled_dot_product_attention(query.transpose(1, 2), key, value, scale=scale, **how)
             return found.transpose(1, 2).flatten(0, 1)
 
-        narrow = window is not None and window < self.prompt
-        how: dict[str, Any] = {"attn_mask": self._band(window, query)} if narrow else {"is_causal": True}
-        outputs = [result(*(one[self.front] for one in flat), **how)]
-        for part, mask in zip(self.parts, self.masks(window, query.dtype), strict=True):
+        outputs = [result(*(one[self.front] for one in flat), is_causal=True)]
+        for part, mask in zip(self.parts, self.masks(query.dtype), strict=True):
             keys = torch.cat([part.prompts, part.tokens], 1)
             outputs.append(result(flat[0][part.tokens], flat[1][keys], flat[2][keys], attn_mask=mask))
         return torch.cat(outputs).index_select(0, self.places)[None]
-
-    def _band(self, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """bool [P, P]: what a token of a prompt sees within a window."""
-        at = torch.arange(self.prompt, device=like.device)
-        distance = at[:, None] - at[None, :]
-        return (distance >= 0) & (distance < (window or self.prompt))
 
 
 def _completions(
@@ -125,13 +116,10 @@ def _completions(
     before = torch.arange(prompts.shape[1], device=starts.device)
     own = (step[None, :] <= step[:, None]) & inside[:, None]  # [R, C, C]
     front = (before < prompt_lengths[:, None])[:, None].expand(-1, len(step), -1)
-    position = prompt_lengths[:, None] + step  # [R, C], of queries and own keys
-    keys = torch.cat([before.expand(len(starts), -1), position], 1)
     return Completions(
         prompts=prompts,
         tokens=starts[:, None] + torch.where(inside, step, 0),
         seen=torch.cat([front, own], 2)[:, None],
-        distance=position[:, :, None] - keys[:, None],
     )
 
 
@@ -143,10 +131,16 @@ def _repeated(heads: torch.Tensor, times: int) -> torch.Tensor:
 
 
 def install(lm: Any) -> bool:
-    """Have a transformers model that uses `sdpa` use this instead; whether it does."""
-    if lm.config._attn_implementation == "sdpa":
+    """Have a transformers model that uses `sdpa` use this instead; whether it does.
+
+    Not one with windows: some architectures hand them on in masks alone, and here there are none.
+    """
+    config = lm.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None) is not None
+    if config._attn_implementation == "sdpa" and not windows and lm._can_set_attn_implementation():
         lm.set_attn_implementation(NAME)
-    return lm.config._attn_implementation == NAME
+    return config._attn_implementation == NAME
 
 
 def _forward(
@@ -158,14 +152,11 @@ def _forward(
     *,
     packed: SharedPrefix | None = None,
     scaling: float | None = None,
-    sliding_window: int | None = None,
     **more: Any,
 ) -> tuple[torch.Tensor, None]:
     if packed is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **more
-        )
-    return packed.attend(query, key, value, scaling, sliding_window), None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
+    return packed.attend(query, key, value, scaling), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _forward)

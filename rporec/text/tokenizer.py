@@ -57,7 +57,7 @@ def token_pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list
         return []
     whole = tokenizer.decode(ids, skip_special_tokens=True)
     known = _ALONE.setdefault(tokenizer, {})
-    if new := set(ids) - known.keys():
+    if new := {token for token in ids if token not in known}:
         known.update(
             zip(new, tokenizer.batch_decode([[token] for token in new], skip_special_tokens=True), strict=True)
         )
