@@ -129,9 +129,7 @@ class HeadConfig(Section):
     samples: Literal["slice", "before_rl"] = "slice"  # before_rl: with all others before the RL slice, without text
     workers: int = Field(1, ge=1)
     refit: Literal["none", "train+valid"] = "none"
-    refreshed: bool = (
-        False  # after RL also heads on the head and the RL slice, as the LLM of either stage writes for them
-    )
+    refreshed: bool = False  # after RL also heads on the head and the RL slice, for the LLM of either stage
     seed: int | None = None  # None: the run's
 
 

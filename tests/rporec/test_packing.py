@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rporec.models import shared_prefix
 from rporec.models.policy import check_packing, packing_tolerance, token_logprobs
 from rporec.rl.packing import GroupTokens, by_length, pack, plain
 
@@ -208,6 +211,25 @@ def test_models_that_packed_rows_would_mislead_are_found_out(kind, changes, grou
     model = causal_lm(kind, **changes)
     group = [groups[0]]
     assert check_packing(model, pack(group, 0), plain(group, 0)) > packing_tolerance(model)
+
+
+def test_attention_goes_by_parts_where_no_layer_has_a_window(groups):
+    for changes, wanted in (({}, shared_prefix.NAME), ({"kind": "Mistral", "sliding_window": 6}, "sdpa")):
+        model = causal_lm(**changes)
+        with torch.no_grad():
+            token_logprobs(model, pack(groups, 0))
+        assert model.config._attn_implementation == wanted
+
+
+def test_a_layer_that_does_not_hand_the_layout_on_is_found_out(groups, monkeypatch):
+    model = causal_lm()
+    assert shared_prefix.install(model)
+    monkeypatch.setitem(
+        ALL_ATTENTION_FUNCTIONS,
+        shared_prefix.NAME,
+        lambda *given, packed=None, **more: sdpa_attention_forward(*given, **more),
+    )
+    assert check_packing(model, pack(groups, 0), plain(groups, 0)) == math.inf
 
 
 def test_an_attention_kernel_without_such_masks_is_found_out(groups):
