@@ -70,7 +70,7 @@ class Workload(Section):
                 "reward": {"embedder": model} if self.thoughts else {},
                 "sampling": {"max_tokens": self.lengths[1]},
                 "head": {"dim": 32},
-                "engine": {"max_num_seqs": 256, "kv_cache_mb": 256},
+                "engine": {"max_num_seqs": 256, "kv_cache_mb": 256, "in_flight": "keep"},
                 "group_size": self.size,
                 "groups_per_step": self.groups,
                 "max_staleness": 2,  # so that a step need not wait for the longest completion of the one before

@@ -104,6 +104,7 @@ class EngineConfig(Section):
     dtype: Literal["float32", "bfloat16", "auto"] = "auto"  # auto: float32 on CPU, bfloat16 on CUDA
     max_num_seqs: int = Field(64, ge=1)
     kv_cache_mb: int = Field(256, ge=16)  # CPU only
+    in_flight: Literal["recompute", "keep"] = "recompute"  # the KV cache of what is being written, at new weights
     gpu_share: float = Field(1.0, gt=0, le=1)  # of its GPU; below 1 a learner rank may have the rest
     timeout: float = Field(1800.0, gt=0)  # seconds for one group; a worker that takes longer hangs and is replaced
     args: dict[str, Any] = {}  # passed to vllm.LLM as they are

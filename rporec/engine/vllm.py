@@ -75,6 +75,7 @@ class VllmEngine:
         name: str = "engine",
     ) -> None:
         self.version, self.name, self.context = version, name, context
+        self._keeps_cache = config.in_flight == "keep"
         self._expected = checkpoint_shapes(model_dir)
         with _STEPPING:
             self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
@@ -116,7 +117,7 @@ class VllmEngine:
         return self._loop.command(lambda future: self._add_scoring(future, rows))
 
     def update_weights(self, version: Version, tensors: Iterable[tuple[str, Any]]) -> Future[dict[str, Any]]:
-        """Take new weights before the next step; running generations go on with their cache recomputed.
+        """Take new weights before the next step; running generations go on, see `engine.in_flight`.
 
         The future gives {"seconds", "in_flight"}. Weights that do not fit are refused with
         WeightsError and change nothing; a failure half-way ends the engine, whose weights are then
@@ -217,7 +218,9 @@ class VllmEngine:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens in a context of {self.context}")
         self._submitted += 1
         key = str(self._submitted)
-        self._core.add_request(key, {"prompt_token_ids": prompt_ids}, params)
+        # Where the cache outlives its weights, a salt keeps later prompts from reading it.
+        salt = {"cache_salt": str(self.version)} if self._keeps_cache else {}
+        self._core.add_request(key, {"prompt_token_ids": prompt_ids, **salt}, params)
         self._requests[key] = _Request(future, finish, [[(self.version, 0)] for _ in range(params.n)], on_text)
 
     def _search(self, future: Future, prompt_ids: list[int], spec: ItemSpec) -> None:
@@ -265,9 +268,10 @@ class VllmEngine:
                 self._llm.start_weight_update()
                 self._llm.update_weights({"update_info": update})
                 self._llm.finish_weight_update()
-            # Without the reset of running requests their old keys and values stay, and every later
-            # token is drawn from a distribution that neither weights define.
-            self._core.reset_prefix_cache(reset_running_requests=True)
+            if not self._keeps_cache:
+                # Without the reset of running requests their old keys and values stay, and every later
+                # token is drawn from a distribution that neither weights define alone.
+                self._core.reset_prefix_cache(reset_running_requests=True)
         except Exception as error:
             raise EngineError(f"{self.name}: weights {version} were taken in half: {last_words(error)}") from error
         self.version = version

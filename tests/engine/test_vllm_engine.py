@@ -179,6 +179,34 @@ def test_running_generations_go_on_under_new_weights_and_every_token_knows_its_o
     assert seen == {Version(0, 0), Version(1, 12), Version(1, 30)}
 
 
+def test_a_kept_cache_stays_with_what_is_written_and_is_read_by_no_later_prompt(engine, model, other, monkeypatch):
+    monkeypatch.setattr(engine, "_keeps_cache", True)
+    step, steps, prompt = engine._core.step, 0, PROMPTS[2]
+
+    def stepping():
+        nonlocal steps
+        steps += 1
+        if steps == 12:  # served before the next step
+            engine.update_weights(Version(1, 1), weights(other))
+        return step()
+
+    monkeypatch.setattr(engine._core, "step", stepping)
+    for one in engine.submit(prompt, sampled(max_tokens=32, n=2)).result(60):
+        (before, _, switch), (after, _, end) = one.versions
+        assert (before, after, end) == (Version(0, 0), Version(1, 1), len(one.token_ids))
+        read = len(prompt) + switch - 1  # the newest token is read by the step that draws the next one
+        ids = torch.tensor([prompt + one.token_ids.tolist()])
+        with torch.no_grad():
+            old = model(ids[:, :read], use_cache=True)
+            new = other(ids[:, read:-1], past_key_values=old.past_key_values)
+        logits = torch.cat([old.logits[0, len(prompt) - 1 :], new.logits[0]]).double()
+        expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0].numpy()
+        assert one.logprobs == pytest.approx(expected, abs=1e-4)
+        assert not np.allclose(expected[switch:], teacher_forced(other, prompt, one.token_ids)[switch:], atol=1e-2)
+    [[later]] = completions(engine, [prompt], greedy())
+    assert later.token_ids.tolist() == greedy_of(other, prompt)
+
+
 def test_weights_of_another_model_are_refused_by_name_and_change_nothing(engine, model):
     wrong = dict(weights(model)) | {"model.norm.weight": torch.ones(7)}
     with pytest.raises(WeightsError, match=r"model\.norm\.weight: shape \(7,\)"):
