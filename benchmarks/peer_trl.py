@@ -55,6 +55,18 @@ WORKLOADS = (
 )
 THREADS = (1, 2)  # of TRL
 CORES = 2  # of either side
+# While the other side is timed ours is stopped: Ray is not to take that for dead connections and make new ones.
+PATIENT_RAY = {
+    f"RAY_{name}_ms": "3600000"
+    for name in (
+        "grpc_keepalive_time",
+        "grpc_keepalive_timeout",
+        "grpc_client_keepalive_time",
+        "grpc_client_keepalive_timeout",
+        "health_check_period",
+        "health_check_timeout",
+    )
+}
 ROUNDS, SECONDS = 3, 4.0  # turns of each side; a turn ends with the first step after so many seconds
 PATIENCE = 600.0  # seconds for the first step, and for a turn
 QUICK = {
@@ -133,7 +145,7 @@ def measure(
 
     def ours() -> Side:
         command = [sys.executable, "-m", "benchmarks.our_side", *common]
-        return Side("ours", command, here, run_folder / "steps.jsonl", folder / "ours.log", cores)
+        return Side("ours", command, here | PATIENT_RAY, run_folder / "steps.jsonl", folder / "ours.log", cores)
 
     with contextlib.ExitStack() as ends:
         sides: list[Side] = []
