@@ -97,7 +97,7 @@ def _config(count: int) -> Config:
     )
 
 
-QUICK = {"rounds": 3}
+QUICK = {"rounds": 2}
 
 
 def run(rounds: int = ROUNDS) -> dict[str, Any]:

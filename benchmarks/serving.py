@@ -31,7 +31,7 @@ from ray import serve
 from actors.cluster import connected, cores
 from benchmarks.result import result
 from benchmarks.reward import untrained_run
-from rporec.config import Config, parse_config
+from rporec.config import Config, override, parse_config
 from rporec.engine.vllm_start import engine_environment
 from rporec.promotion import promote_best
 from rporec.recipes.rporec import RPORec
@@ -57,15 +57,18 @@ class Question(BaseModel):
     k: int
 
 
-QUICK = {"rounds": 1}
+QUICK = {"rounds": 1, "seconds": 4.0, "reasoned": ("large",)}
 
 
-def run(rounds: int = ROUNDS) -> dict[str, Any]:
+def run(
+    rounds: int = ROUNDS, *, seconds: float = SECONDS, reasoned: Sequence[str] = ("tiny", "large")
+) -> dict[str, Any]:
+    """seconds: of one measurement of throughput; reasoned: the models that write."""
     with tempfile.TemporaryDirectory() as scratch:
         tiny = _prepared(Path(scratch) / "tiny", parse_config(CONFIG))
         large = _prepared(Path(scratch) / "large", parse_config({**CONFIG, "tiny": TEN_MILLION}))
         with connected(tiny.config(), None, "bench-serve"):
-            return asyncio.run(_measured(tiny, large, rounds))
+            return asyncio.run(_measured(tiny, large, rounds, seconds, reasoned))
 
 
 def _prepared(folder: Path, config: Config) -> Run:
@@ -77,7 +80,7 @@ def _prepared(folder: Path, config: Config) -> Run:
     return run
 
 
-async def _measured(tiny: Run, large: Run, rounds: int) -> dict[str, Any]:
+async def _measured(tiny: Run, large: Run, rounds: int, duration: float, reasoned: Sequence[str]) -> dict[str, Any]:
     port = 8765
     url = f"http://127.0.0.1:{port}"
     core = max(os.sched_getaffinity(0)) if cores() > 1 else None
@@ -86,16 +89,18 @@ async def _measured(tiny: Run, large: Run, rounds: int) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     absolute: dict[str, Any] = {}
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        # What is not to write answers without reasoning alone, which `tiny` stands for.
         for name, one in (("tiny", tiny), ("large", large)):
-            from rporec.config import override
-
+            if name != "tiny" and name not in reasoned:
+                continue
             served = Served(one, override(one.config(), settings))
             await asyncio.to_thread(deploy, served, "127.0.0.1", port, guarded=False, cuda=False)
             if name == "tiny":
                 await asyncio.to_thread(serve.run, _empty(), name="empty", route_prefix="/empty")
-                await _fast(http, url, one, rounds, ratios, seconds, absolute)
+                await _fast(http, url, one, rounds, duration, ratios, seconds, absolute)
                 await asyncio.to_thread(serve.delete, "empty")
-            await _reasoned(http, url, one, core, name, rounds, ratios, absolute)
+            if name in reasoned:
+                await _reasoned(http, url, one, core, name, rounds, duration, ratios, absolute)
             await asyncio.to_thread(serve.delete, APPLICATION)
     serve.shutdown()
     return result("serve", ratios, seconds, {}, absolute=absolute)
@@ -125,7 +130,14 @@ def _empty() -> Any:
 
 
 async def _fast(
-    http: aiohttp.ClientSession, url: str, run: Run, rounds: int, ratios: dict, seconds: dict, absolute: dict
+    http: aiohttp.ClientSession,
+    url: str,
+    run: Run,
+    rounds: int,
+    duration: float,
+    ratios: dict,
+    seconds: dict,
+    absolute: dict,
 ) -> None:
     histories = _histories(run)
 
@@ -144,7 +156,7 @@ async def _fast(
     for turn in range(rounds + 1):  # the first warms up
         for name, ask in ways.items():
             took = [await _timed(ask, number) for number in range(REQUESTS)]
-            rate = await _throughput(ask, CLIENTS, SECONDS)
+            rate = await _throughput(ask, CLIENTS, duration)
             if turn:
                 alone[name] += took
                 rates[name].append(rate)
@@ -166,6 +178,7 @@ async def _reasoned(
     core: int | None,
     name: str,
     rounds: int,
+    duration: float,
     ratios: dict,
     absolute: dict,
 ) -> None:
@@ -188,9 +201,9 @@ async def _reasoned(
         firsts.append(await _first_token(http, f"{url}/v1/recommend", body(number, True)))
 
     ways: dict[str, Callable[[], Awaitable[float]]] = {
-        "bare": lambda: bare.tokens_per_second.remote(prompts, CLIENTS, SECONDS),
-        "whole": lambda: _tokens(lambda n: _post(http, f"{url}/v1/recommend", body(n, False))),
-        "streamed": lambda: _tokens(streamed),
+        "bare": lambda: bare.tokens_per_second.remote(prompts, CLIENTS, duration),
+        "whole": lambda: _tokens(lambda n: _post(http, f"{url}/v1/recommend", body(n, False)), duration),
+        "streamed": lambda: _tokens(streamed, duration),
     }
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for turn in range(rounds + 1):
@@ -210,8 +223,8 @@ async def _reasoned(
     absolute[f"{name}_first_token_seconds"] = round(float(np.median(alone)), 4)
 
 
-async def _tokens(ask: Callable[[int], Awaitable[Any]]) -> float:
-    return TOKENS * await _throughput(ask, CLIENTS, SECONDS)
+async def _tokens(ask: Callable[[int], Awaitable[Any]], seconds: float) -> float:
+    return TOKENS * await _throughput(ask, CLIENTS, seconds)
 
 
 class _Bare:
