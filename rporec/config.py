@@ -116,6 +116,7 @@ class HeadConfig(Section):
     fusion: Literal["paper", "residual"] = "residual"
     history: Literal["text", "sequence"] = "sequence"
     experts: bool | None = None  # None: on for residual, off for paper
+    reranker: bool = False  # a small network over the experts' candidates, see `rporec.models.reranker`
     dim: int = Field(64, ge=8)
     layers: int = Field(2, ge=1)  # of the fusion transformer (paper) and of the sequence encoder
     heads: int = Field(4, ge=1)
@@ -386,6 +387,8 @@ class Config(Section):
         for name, bounds in (("icepop", self.rl.icepop), ("sequence_mask", self.rl.sequence_mask)):
             if bounds is not None and not 0 <= bounds[0] < bounds[1]:
                 raise ValueError(f"rl.{name}: {list(bounds)} is no interval; write [low, high] with 0 <= low < high")
+        if self.head.reranker and not self.head_experts:
+            raise ValueError("head.reranker ranks what the experts propose; it needs head.experts: true")
         if self.head.dim % self.head.heads:
             raise ValueError("head: dim must divide by heads")
         return self

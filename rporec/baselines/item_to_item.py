@@ -17,8 +17,8 @@ from scipy.linalg import lapack
 
 from rporec.baselines.family import Baseline, Parameters, Validation
 from rporec.evaluation.cold import rows_of
-from rporec.models.experts import newest, ones, shrunken, transitions
 from rporec.models.text_neighbours import TextVectors
+from rporec.models.transitions import newest, ones, shrunken, transitions
 
 if TYPE_CHECKING:
     from rporec.data import Dataset

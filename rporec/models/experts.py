@@ -18,18 +18,20 @@ import scipy.sparse as sp
 from rporec.evaluation.cold import rows_of as rows_of
 from rporec.evaluation.ranking import ndcg, ranks
 from rporec.models.head_inputs import HeadInputs
+from rporec.models.reranker import Reranker
 from rporec.models.text_neighbours import TextVectors, widened
+from rporec.models.transitions import newest, ones, shrunken, transitions
 
 if TYPE_CHECKING:
     from rporec.data import Catalog, Dataset
 
-LAGS = 10  # farthest pair of a user's interactions that makes a rule
-RECENT = 5  # newest history items that rules and neighbours start from, weights falling linearly
-LONG = 10  # the same for the linear rules
+LONG = 10  # newest history items that the linear rules start from; the other experts RECENT
 SHRINKAGE = 5.0  # added to a rule's support, so that one lucky pair is no certainty
 LINEAR_SHRINKAGE = 50.0  # the same for the linear rules
 TINY = 1e-12  # keeps a row of zeros from being divided by zero
 FRESH_SHARES = {"popularity_fast": 0.02, "popularity": 0.2}  # the half-life holds this share of interactions
+SILENT = ("rules", "rules_linear", "text_knn", "text_newest", "in_history", "last_item")  # about most items
+RERANKER = "reranker."  # prefix of its parameters' names among the arrays
 GRID = (0.0, *(2.0**power for power in range(-5, 6)))
 REFINE = (0.5, 0.7, 0.85, 1.2, 1.4)  # of the present scalar, tried beside the grid
 CANDIDATES = 40  # best items of each component per sample that the search ranks
@@ -41,16 +43,19 @@ class Experts:
     """Fitted on some interactions and frozen; N items."""
 
     rules: sp.csr_matrix  # float32 [N, N], row j: how often i follows j, weight 1 at distance 1 down to 1 / LAGS
+    pairs: sp.csr_matrix  # float32 [N, N], row j: how often i comes right after j
     neighbours: sp.csr_matrix  # float32 [N, N], TF-IDF cosine of the texts, 0 on the diagonal
     items: np.ndarray  # int32 [I], interactions in time order
     times: np.ndarray  # int64 [I], seconds
     half_lives: dict[str, float]  # seconds
     fitted: int  # items at the time; those that joined later have no rules and do not change their scale
     texts: TextVectors | None = field(default=None, repr=False)  # what newcomers are compared with, once there are any
+    reranker: Reranker | None = None  # one expert more, which reads what the others say
 
     @property
     def names(self) -> tuple[str, ...]:
-        return ("rules", "rules_linear", "text_knn", "text_newest", *self.half_lives, "in_history", "last_item")
+        counted = ("rules", "rules_linear", "text_knn", "text_newest", *self.half_lives, "in_history", "last_item")
+        return (*counted, "reranked") if self.reranker else counted
 
     @classmethod
     def fit(cls, dataset: Dataset, rows: np.ndarray) -> Experts:
@@ -59,8 +64,12 @@ class Experts:
         return cls._counted(dataset, rows, TextVectors.fit(texts).neighbours())
 
     def refitted(self, dataset: Dataset, rows: np.ndarray) -> Experts:
-        """`fit` on other rows of the same data set."""
-        return self._counted(dataset, rows, self.neighbours)
+        """`fit` on other rows of the same data set; the reranker stays as it is."""
+        return replace(self._counted(dataset, rows, self.neighbours), reranker=self.reranker)
+
+    def stacked(self, dataset: Dataset, samples: np.ndarray, *, seed: int = 0) -> Experts:
+        """These with a reranker that learned from `samples`; see `Reranker.fit`."""
+        return replace(self, reranker=Reranker.fit(dataset, samples, self, seed=seed))
 
     @classmethod
     def _counted(cls, dataset: Dataset, rows: np.ndarray, neighbours: sp.csr_matrix) -> Experts:
@@ -69,6 +78,7 @@ class Experts:
         age = (times[-1] - times).astype(np.float64) if len(times) else np.ones(1)
         return cls(
             transitions(dataset, rows),
+            transitions(dataset, rows, lags=1),
             neighbours,
             dataset.items[rows][order].astype(np.int32),
             times.astype(np.int64),
@@ -78,24 +88,28 @@ class Experts:
 
     def features(self, inputs: HeadInputs) -> dict[str, np.ndarray]:
         """What each expert says: name -> float32 [B, N], from 0 to 1, 1 the most."""
-        sparse = self._sparse(inputs, self.names)
-        shared, which = self._shared(inputs.time, self.names)
+        sparse = self.sparse(inputs, self.names)
+        shared, which = self.shared(inputs.time)
         return {name: shared[name][which] if name in shared else sparse[name].toarray() for name in self.names}
 
     def weigh(self, inputs: HeadInputs, weights: Mapping[str, float]) -> WeightedExperts:
         """Their sum, each times its weight (missing: 0)."""
         used = {name: np.float32(weights[name]) for name in self.names if weights.get(name)}
-        sparse = self._sparse(inputs, used)
+        sparse = self.sparse(inputs, used)
         for name, part in sparse.items():
             part.data *= used[name]
-        parts, which = self._shared(inputs.time, used)
+        parts, which = self.shared(inputs.time, used)
         shared = np.zeros((which.max(initial=-1) + 1, self.rules.shape[0]), dtype=np.float32)
         for name, table in parts.items():
             shared += used[name] * table
         return WeightedExperts(tuple(sparse.values()), shared, which)
 
-    def _sparse(self, inputs: HeadInputs, names: Collection[str]) -> dict[str, sp.csr_matrix]:
+    def sparse(self, inputs: HeadInputs, names: Collection[str] = SILENT) -> dict[str, sp.csr_matrix]:
         """Those of the experts `names` that are silent about most items: name -> float32 [B, N]."""
+        if self.reranker and "reranked" in names:
+            counted = self.sparse(inputs)
+            result = {name: part for name, part in counted.items() if name in names}
+            return {**result, "reranked": self.reranker.apply(self, inputs, counted)}
         size = self.rules.shape[0]
         result = {}
         recent = newest(inputs.seen, size)
@@ -105,7 +119,7 @@ class Experts:
             )
             result["rules"] = _surprise(over_support @ self.rules, self.fitted)
         if "rules_linear" in names:
-            result["rules_linear"] = newest(inputs.seen, size, LONG) @ self._linear_rules
+            result["rules_linear"] = self.linear_rules(inputs, LONG)
         if "text_knn" in names:
             result["text_knn"] = recent @ self.neighbours
         if "text_newest" in names:
@@ -116,12 +130,40 @@ class Experts:
             result["last_item"] = ones([items[-1:] for items in inputs.seen], size)
         return result
 
-    def _shared(self, times: np.ndarray, names: Collection[str]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def linear_rules(self, inputs: HeadInputs, count: int) -> sp.csr_matrix:
+        """float32 [B, N]: those of the `count` newest items."""
+        return newest(inputs.seen, self.rules.shape[0], count) @ self._linear_rules
+
+    def shared(
+        self, times: np.ndarray, names: Collection[str] = tuple(FRESH_SHARES)
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Popularities among `names`, name -> float32 [T, N] for T different pasts, and the past of each time [B]."""
         ends, which = np.unique(np.searchsorted(self.times, times, side="left"), return_inverse=True)
         if ends.tolist() == [len(self.times)]:  # as serving always asks
             return {name: self._newest[name] for name in self.half_lives if name in names}, which
         return {name: self._popularity(ends, self.half_lives[name]) for name in self.half_lives if name in names}, which
+
+    @cached_property
+    def successors(self) -> sp.csr_matrix:
+        """float32 [N, N], row j: share of the times that i came right after j, shrunken."""
+        return shrunken(self.pairs, SHRINKAGE)
+
+    @property
+    def end(self) -> float:
+        """Seconds of the newest interaction."""
+        return float(self.times[-1]) if len(self.times) else 0.0
+
+    @cached_property
+    def lifetimes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(interactions, seconds of the first, of the last) of each item, float64 [N].
+
+        An item without any is about to begin, and was last taken before all others.
+        """
+        size = self.rules.shape[0]
+        first, last = np.full(size, self.end), np.full(size, float(self.times[0]) if len(self.times) else 0.0)
+        np.minimum.at(first, self.items, self.times)
+        np.maximum.at(last, self.items, self.times)
+        return np.bincount(self.items, minlength=size).astype(np.float64), first, last
 
     @cached_property
     def _newest(self) -> dict[str, np.ndarray]:
@@ -166,6 +208,7 @@ class Experts:
         return replace(
             self,
             rules=_moved(self.rules, rows, size),
+            pairs=_moved(self.pairs, rows, size),
             neighbours=_moved(neighbours, places, size),
             items=rows[self.items].astype(np.int32),
             texts=texts.take(np.argsort(places)),
@@ -174,12 +217,14 @@ class Experts:
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything but `half_lives` as plain arrays, for `from_arrays`."""
         result = {"items": self.items, "times": self.times, "fitted": np.array(self.fitted)}
-        for name, matrix in (("rules", self.rules), ("neighbours", self.neighbours)):
+        for name, matrix in (("rules", self.rules), ("pairs", self.pairs), ("neighbours", self.neighbours)):
             result |= {
                 f"{name}.data": matrix.data.astype(np.float32),
                 f"{name}.indices": matrix.indices.astype(np.int32),
                 f"{name}.indptr": matrix.indptr.astype(np.int64),
             }
+        if self.reranker:
+            result |= {RERANKER + name: value for name, value in self.reranker.parameters.items()}
         return result
 
     @classmethod
@@ -190,7 +235,17 @@ class Experts:
 
         rules = matrix("rules")
         fitted = int(arrays.get("fitted", rules.shape[0]))  # heads of before say nothing: theirs never grew
-        return cls(rules, matrix("neighbours"), arrays["items"], arrays["times"], dict(half_lives), fitted)
+        learned = {name.removeprefix(RERANKER): value for name, value in arrays.items() if name.startswith(RERANKER)}
+        return cls(
+            rules,
+            matrix("pairs") if "pairs.data" in arrays else sp.csr_matrix(rules.shape, dtype=np.float32),
+            matrix("neighbours"),
+            arrays["items"],
+            arrays["times"],
+            dict(half_lives),
+            fitted,
+            reranker=Reranker(learned) if learned else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -217,57 +272,12 @@ class WeightedExperts:
         return items, np.bincount(place, np.concatenate([*given, np.zeros(0)]), len(items)).astype(np.float32)
 
 
-def transitions(dataset: Dataset, rows: np.ndarray, lags: int = LAGS) -> sp.csr_matrix:
-    """float32 [N, N], row j: how often i follows j in `rows`, weight 1 at distance 1 falling linearly to 1 / lags.
-
-    rows: positions in `dataset.items`, ascending.
-    """
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[rows]
-    items = dataset.items[rows]
-    size = len(dataset.catalog)
-    total = sp.csr_matrix((size, size), dtype=np.float32)
-    for lag in range(1, lags + 1):
-        first = np.flatnonzero(owner[lag:] == owner[:-lag])
-        weight = np.full(len(first), 1 - (lag - 1) / lags, dtype=np.float32)
-        total = total + sp.csr_matrix((weight, (items[first], items[first + lag])), shape=(size, size))
-    return total.tocsr()
-
-
-def shrunken(counts: sp.csr_matrix, shrinkage: float) -> sp.csr_matrix:
-    """Each row of `counts` divided by its sum plus `shrinkage`."""
-    support = np.asarray(counts.sum(axis=1)).ravel() + np.float32(shrinkage)
-    rows = np.repeat(np.arange(len(support)), np.diff(counts.indptr))
-    return sp.csr_matrix((counts.data / support[rows], counts.indices, counts.indptr), counts.shape)
-
-
 def _moved(matrix: sp.csr_matrix, places: np.ndarray, size: int) -> sp.csr_matrix:
     """[size, size] with row and column i of `matrix` at `places[i]`."""
     if np.array_equal(places, np.arange(len(places))):
         return widened(matrix, size, size)
     entries = matrix.tocoo()
     return sp.csr_matrix((entries.data, (places[entries.row], places[entries.col])), shape=(size, size))
-
-
-def newest(seen: Sequence[np.ndarray], size: int, count: int = RECENT) -> sp.csr_matrix:
-    """float32 [B, size]: weight of each of the `count` newest items, falling linearly; rows sum to 1 (or 0)."""
-    recent = [items[-count:][::-1] for items in seen]
-    weights = 1 - np.arange(count) / count
-    data = [weights[: len(items)] / weights[: len(items)].sum() for items in recent]
-    return _rows(recent, data, size)
-
-
-def ones(items: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
-    """float32 [B, size]: 1 for each item of a row."""
-    return _rows(items, [np.ones(len(row)) for row in items], size)
-
-
-def _rows(columns: Sequence[np.ndarray], data: Sequence[np.ndarray], size: int) -> sp.csr_matrix:
-    """float32 [B, size] from the columns and entries of each row; a column that stands twice counts twice."""
-    indptr = np.cumsum([0, *map(len, columns)])
-    indices = np.concatenate([*columns, np.zeros(0)]).astype(np.int32)
-    return sp.csr_matrix(
-        (np.concatenate([*data, np.zeros(0)]).astype(np.float32), indices, indptr), (len(columns), size)
-    )
 
 
 def _surprise(values: sp.csr_matrix, size: int) -> sp.csr_matrix:

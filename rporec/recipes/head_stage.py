@@ -78,7 +78,7 @@ def train_stage_head(
     LLM wrote nothing for: all but the RL slice, whose targets the head is to reward.
     With `head.refit: train+valid` a second head, trained for as many epochs on validation too, stands
     beside it as `name_refit`, for the final figures on test alone. It rewards nothing: with `before_rl`
-    the RL slice is among its samples.
+    the RL slice is among its samples. The reranker learns from what the experts are counted on.
     """
     config, dataset = recipe.config, recipe.dataset
     seed = config.head.seed if config.head.seed is not None else config.seed
@@ -120,12 +120,17 @@ def train_stage_head(
             progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
         return head, result.epochs
 
+    def experts(samples: np.ndarray) -> Experts:
+        rows = rows_of(dataset, samples)
+        counted = tuned.refitted(dataset, rows) if tuned else Experts.fit(dataset, rows)
+        return counted.stacked(dataset, samples, seed=seed) if config.head.reranker else counted
+
     tuned = None
     if rank == 0 and config.head_experts:
-        tuned = Experts.fit(dataset, rows_of(dataset, tuning_samples(dataset, refit=refit)))
+        tuned = experts(tuning_samples(dataset, refit=refit))
     head, epochs = chosen(name, recipe.slices.before_rl)
     if rank == 0:
-        head.experts = tuned and tuned.refitted(dataset, rows_of(dataset, known))
+        head.experts = tuned and experts(known)
         head.save(run.head(name))
     if refit:
         label = f"{name}_refit"
@@ -137,7 +142,7 @@ def train_stage_head(
         train_head(final, learned, np.concatenate([targets, data.targets, data.valid_targets]), **shared)
         if rank == 0:
             known = np.concatenate([known, dataset.split("valid")])
-            final.experts = tuned and tuned.refitted(dataset, rows_of(dataset, known))
+            final.experts = tuned and experts(known)
             final.weights = dict(head.weights)
             final.save(run.head(label))
 
