@@ -36,7 +36,7 @@ from rporec.report.live import Progress, progress
 from rporec.run import Run, RunError
 
 STEPS, WARMING = 30, 3
-QUICK = {"order": ("sync", "async"), "steps": 12}
+QUICK = {"order": ("sync", "async"), "steps": 10}
 ORDER = ("sync", "async", "async", "sync")  # so that a machine that slows down or heats up favours neither
 STALENESS = {"sync": 0, "async": 1}
 # A million parameters. With `max_num_seqs` the engine writes a step's groups in about the time that training on them takes.

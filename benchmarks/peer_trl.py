@@ -67,6 +67,7 @@ PATIENT_RAY = {
         "health_check_timeout",
     )
 }
+FILLING = 4  # steps until groups of every age are under way: then an asynchronous trainer runs evenly
 ROUNDS, SECONDS = 3, 4.0  # turns of each side; a turn ends with the first step after so many seconds
 PATIENCE = 600.0  # seconds for the first step, and for a turn
 QUICK = {
@@ -76,7 +77,7 @@ QUICK = {
         for one in WORKLOADS
     ],
     "rounds": 2,
-    "seconds": 1.0,
+    "seconds": 2.0,
     "warming": 1,
 }
 
@@ -84,7 +85,7 @@ QUICK = {
 def run(
     workloads: Sequence[Workload] = WORKLOADS, *, rounds: int = ROUNDS, seconds: float = SECONDS, warming: int = 2
 ) -> dict[str, Any]:
-    """warming: steps of each side before its first turn."""
+    """warming: steps of TRL before its first turn."""
     before, console = machine(), Console(stderr=True)
     ratios: dict[str, Any] = {}
     wall: dict[str, float] = {}
@@ -149,11 +150,14 @@ def measure(
 
     with contextlib.ExitStack() as ends:
         sides: list[Side] = []
-        for start in (ours, *(partial(trl, threads) for threads in THREADS)):
-            side = start()
-            ends.callback(side.end)
-            side.warm_up(warming, PATIENCE)
-            sides.append(side)
+        # Ours waits more than it computes while it starts. One TRL at a time: its threads wait for each other spinning.
+        for together in ((ours, partial(trl, THREADS[0])), *((partial(trl, threads),) for threads in THREADS[1:])):
+            first = len(sides)
+            for start in together:
+                sides.append(start())
+                ends.callback(sides[-1].end)
+            for side in sides[first:]:
+                side.warm_up(FILLING if side.name == "ours" else warming, PATIENCE)
         return in_turns(sides, rounds=rounds, seconds=seconds, timeout=PATIENCE)
 
 

@@ -220,7 +220,7 @@ def measure(folder: Path, workload: Workload, groups: int, rounds: int) -> dict[
     return found
 
 
-QUICK = {"groups": 48, "rounds": 2}
+QUICK = {"groups": 64, "rounds": 2}
 
 
 def run(workload: Workload = WORKLOAD, *, groups: int = GROUPS, rounds: int = ROUNDS) -> dict[str, Any]:

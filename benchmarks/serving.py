@@ -57,7 +57,7 @@ class Question(BaseModel):
     k: int
 
 
-QUICK = {"rounds": 1, "seconds": 4.0, "reasoned": ("large",)}
+QUICK = {"rounds": 1, "seconds": 3.0, "reasoned": ("large",)}
 
 
 def run(

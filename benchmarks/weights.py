@@ -163,6 +163,7 @@ def run(tiny: TinyConfig = TEN_MILLION, rounds: int = 5, group_count: int = GROU
         "sync_share_of_step": round((wall["flatten"] + wall["put"] + wall["bring_2"]) / wall["step"], 4),
         "learner_share_of_step": round(learner_path / wall["step"], 4),
         "bring_2_to_1": round(wall["bring_2"] / wall["bring_1"], 2),
+        "publish_to_2_cpu_seconds": round(cpu["flatten"] + cpu["put"] + cpu["bring_2"], 3),
         **sent,
     }
     return result("weights", ratios, wall, cpu, rounds=rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ class Decoder:
 
         self.tokenizer = AutoTokenizer.from_pretrained(str(model_dir))
         self.eos_ids = _eos_ids(Path(model_dir), self.tokenizer.eos_token_id)
+        # Every request asks for the same few stops, and encoding them costs more than the rest of taking it in.
+        self._encoded = functools.cache(functools.partial(self.tokenizer.encode, add_special_tokens=False))
 
     def text(self, token_ids: Sequence[int]) -> str:
         ids = [int(token) for token in token_ids]
@@ -30,7 +33,7 @@ class Decoder:
         """
         ids, strings = sorted(self.eos_ids), []
         for text in stop:
-            encoded = self.tokenizer.encode(text, add_special_tokens=False)
+            encoded = self._encoded(text)
             if len(encoded) == 1:
                 ids.append(encoded[0])
             else:
