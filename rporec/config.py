@@ -388,7 +388,7 @@ class Config(Section):
             if bounds is not None and not 0 <= bounds[0] < bounds[1]:
                 raise ValueError(f"rl.{name}: {list(bounds)} is no interval; write [low, high] with 0 <= low < high")
         if self.head.reranker and not self.head_experts:
-            raise ValueError("head.reranker ranks what the experts propose; it needs head.experts: true")
+            raise ValueError("head: reranker ranks what the experts propose; it needs experts: true")
         if self.head.dim % self.head.heads:
             raise ValueError("head: dim must divide by heads")
         return self

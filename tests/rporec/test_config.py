@@ -65,7 +65,10 @@ REFUSED = {
     "heads too narrow for vLLM": (NARROW, "tiny: hidden / heads is 16, and vLLM has attention for 32,"),
     "no room for a prompt": ({"tiny": {"context": 64}}, "tiny.context: 64 tokens leave no prompt"),
     "head width": ({"head": {"dim": 30}}, "head: dim must divide by heads"),
-    "reranker without experts": ({"head": {"reranker": True, "experts": False}}, "it needs head.experts: true"),
+    "reranker without experts": (
+        {"head": {"reranker": True, "experts": False}},
+        "head: reranker ranks what the experts propose; it needs experts: true",
+    ),
 }
 
 
