@@ -77,7 +77,7 @@ QUICK = {
         for one in WORKLOADS
     ],
     "rounds": 2,
-    "seconds": 2.0,
+    "seconds": 1.0,
     "warming": 1,
 }
 
@@ -97,9 +97,11 @@ def run(
         tempfile.TemporaryDirectory(prefix="rporec-bench-") as scratch,
         progress("peer-trl", total=len(workloads), console=console) as bar,
     ):
+        folders = {workload.name: Path(scratch) / workload.name for workload in workloads}
+        prepare(folders, workloads)
         for number, workload in enumerate(workloads):
             bar.update(number, note=workload.name)
-            turns = measure(workload, Path(scratch) / workload.name, python, rounds, seconds, warming)
+            turns = measure(workload, folders[workload.name], python, rounds, seconds, warming)
             ratios |= {f"{key}_{workload.name}": value for key, value in compare(turns, workload).items()}
             for name, taken in turns.items():
                 steps = sum(turn.steps for turn in taken)
@@ -128,14 +130,10 @@ def compare(turns: Mapping[str, Sequence[Turn]], workload: Workload) -> dict[str
 def measure(
     workload: Workload, folder: Path, python: Path, rounds: int, seconds: float, warming: int
 ) -> dict[str, list[Turn]]:
-    """The turns of `ours` and of `trl_N` with N threads."""
+    """The turns of `ours` and of `trl_N` with N threads; folder: one that `prepare` filled."""
     cores = set(sorted(os.sched_getaffinity(0))[:CORES])
-    folder.mkdir(parents=True)
-    spec = folder / "workload.json"
-    spec.write_text(workload.model_dump_json())
     run_folder = folder / "run"
-    _prepare(run_folder, spec)
-    common = [str(run_folder), str(spec)]
+    common = [str(run_folder), str(folder / "workload.json")]
     here = {"PYTHONPATH": os.pathsep.join(filter(None, [str(_root()), os.environ.get("PYTHONPATH")]))}
 
     def trl(threads: int) -> Side:
@@ -150,20 +148,20 @@ def measure(
 
     with contextlib.ExitStack() as ends:
         sides: list[Side] = []
-        # Ours waits more than it computes while it starts. One TRL at a time: its threads wait for each other spinning.
-        for together in ((ours, partial(trl, THREADS[0])), *((partial(trl, threads),) for threads in THREADS[1:])):
-            first = len(sides)
-            for start in together:
-                sides.append(start())
-                ends.callback(sides[-1].end)
-            for side in sides[first:]:
-                side.warm_up(FILLING if side.name == "ours" else warming, PATIENCE)
+        for start in (ours, *(partial(trl, threads) for threads in THREADS)):
+            side = start()
+            ends.callback(side.end)
+            side.warm_up(FILLING if side.name == "ours" else warming, PATIENCE)
+            sides.append(side)
         return in_turns(sides, rounds=rounds, seconds=seconds, timeout=PATIENCE)
 
 
-def _prepare(folder: Path, spec: Path) -> None:
-    """Model, data set and RecHead, in a process of its own: here nothing is to hold torch's memory."""
-    command = [sys.executable, "-m", "benchmarks.workload", str(folder), str(spec)]
+def prepare(folders: Mapping[str, Path], workloads: Sequence[Workload]) -> None:
+    """Each one's model, data set and RecHead, in a process of their own: here nothing is to hold torch's memory."""
+    for workload in workloads:
+        folders[workload.name].mkdir(parents=True)
+        (folders[workload.name] / "workload.json").write_text(workload.model_dump_json())
+    command = [sys.executable, "-m", "benchmarks.workload", *map(str, folders.values())]
     done = subprocess.run(command, cwd=_root(), capture_output=True, text=True)
     if done.returncode:
         raise RunError(f"rporec bench peer-trl: {' '.join(done.stderr[-600:].split())}")

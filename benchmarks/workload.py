@@ -143,4 +143,5 @@ def prepare(folder: Path, workload: Workload) -> Run:
 
 
 if __name__ == "__main__":
-    prepare(Path(sys.argv[1]), Workload.read(Path(sys.argv[2])))
+    for folder in map(Path, sys.argv[1:]):
+        prepare(folder / "run", Workload.read(folder / "workload.json"))
