@@ -143,7 +143,7 @@ def _publish(model: Path, config: Config, flat: Any, timings: Timings, rounds: i
             timings.measure("bring_2", lambda version=two: bring(version, engines), lambda: cpu(*engines))
 
 
-QUICK = {"rounds": 2}
+QUICK = {"rounds": 3}
 
 
 def run(tiny: TinyConfig = TEN_MILLION, rounds: int = 5, group_count: int = GROUPS) -> dict[str, Any]:
