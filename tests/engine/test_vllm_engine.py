@@ -181,7 +181,7 @@ def test_running_generations_go_on_under_new_weights_and_every_token_knows_its_o
 
 def test_a_kept_cache_stays_with_what_is_written_and_is_read_by_no_later_prompt(engine, model, other, monkeypatch):
     monkeypatch.setattr(engine, "_keeps_cache", True)
-    step, steps, prompt = engine._core.step, 0, PROMPTS[2]
+    step, steps, prompt = engine._core.step, 0, PROMPTS[4] * 2  # long enough to fill a block of the cache
 
     def stepping():
         nonlocal steps
