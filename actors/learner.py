@@ -306,7 +306,7 @@ def head_loop(spec: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from rporec.recipes import load_recipe
-    from rporec.recipes.head_stage import head_data, history_data, train_stage_head
+    from rporec.recipes.head_stage import CountedExperts, head_data, history_data, train_stage_head
 
     run: Run = spec["run"]
     run.require_here()
@@ -319,9 +319,10 @@ def head_loop(spec: dict[str, Any]) -> None:
         if rank == 0:
             append_line(spec["log"], record)
 
+    experts = CountedExperts(recipe)
     for name, reads in spec["heads"].items():
         inputs = data if reads == "text" else data.blank()
-        train_stage_head(name, recipe, inputs, run, rank=rank, world=world, progress=progress)
+        train_stage_head(name, recipe, inputs, run, experts, rank=rank, world=world, progress=progress)
 
 
 class Shuffled:

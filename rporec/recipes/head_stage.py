@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from rporec.config import Config
 from rporec.data.slices import tuning_samples
 from rporec.models.experts import Experts, rows_of
 from rporec.models.head_inputs import HeadInputs
@@ -62,11 +63,36 @@ def _silent(recipe: StagedRecipe, data: HeadData, others: np.ndarray) -> tuple[H
     return head_inputs(recipe.dataset, silent, None), recipe.dataset.targets(silent)
 
 
+class CountedExperts:
+    """The experts of a recipe's heads, counted once for each set of samples: they read no text, so all heads share them."""
+
+    def __init__(self, recipe: StagedRecipe) -> None:
+        self.recipe = recipe
+        self._counted: dict[bytes, Experts] = {}
+
+    def on(self, samples: np.ndarray) -> Experts | None:
+        """Counted on `samples`, int64 [S]; None where heads are to have none."""
+        dataset, config = self.recipe.dataset, self.recipe.config
+        key = samples.tobytes()
+        if config.head_experts and key not in self._counted:
+            rows, known = rows_of(dataset, samples), next(iter(self._counted.values()), None)
+            counted = known.refitted(dataset, rows) if known else Experts.fit(dataset, rows)
+            if config.head.reranker:
+                counted = counted.stacked(dataset, samples, seed=_seed(config))
+            self._counted[key] = counted
+        return self._counted.get(key)
+
+
+def _seed(config: Config) -> int:
+    return config.head.seed if config.head.seed is not None else config.seed
+
+
 def train_stage_head(
     name: str,
     recipe: StagedRecipe,
     data: HeadData,
     run: Run,
+    experts: CountedExperts,
     *,
     rank: int = 0,
     world: int = 1,
@@ -81,7 +107,7 @@ def train_stage_head(
     the RL slice is among its samples. The reranker learns from what the experts are counted on.
     """
     config, dataset = recipe.config, recipe.dataset
-    seed = config.head.seed if config.head.seed is not None else config.seed
+    seed = _seed(config)
     masks, refit = config.data.headline == "exclude_history", config.head.refit == "train+valid"
     known = dataset.split("train")
 
@@ -120,17 +146,10 @@ def train_stage_head(
             progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
         return head, result.epochs
 
-    def experts(samples: np.ndarray) -> Experts:
-        rows = rows_of(dataset, samples)
-        counted = tuned.refitted(dataset, rows) if tuned else Experts.fit(dataset, rows)
-        return counted.stacked(dataset, samples, seed=seed) if config.head.reranker else counted
-
-    tuned = None
-    if rank == 0 and config.head_experts:
-        tuned = experts(tuning_samples(dataset, refit=refit))
+    tuned = experts.on(tuning_samples(dataset, refit=refit)) if rank == 0 else None
     head, epochs = chosen(name, recipe.slices.before_rl)
     if rank == 0:
-        head.experts = tuned and experts(known)
+        head.experts = experts.on(known)
         head.save(run.head(name))
     if refit:
         label = f"{name}_refit"
@@ -141,8 +160,7 @@ def train_stage_head(
         learned = HeadInputs.concatenate([silent, data.train, data.valid])
         train_head(final, learned, np.concatenate([targets, data.targets, data.valid_targets]), **shared)
         if rank == 0:
-            known = np.concatenate([known, dataset.split("valid")])
-            final.experts = tuned and experts(known)
+            final.experts = experts.on(np.concatenate([known, dataset.split("valid")]))
             final.weights = dict(head.weights)
             final.save(run.head(label))
 

@@ -39,7 +39,9 @@ def run(tmp_path: Path) -> Run:
 def trained(run: Run, *changes: str) -> StagedRecipe:
     recipe = load_recipe(run, override(run.config(), list(changes)))
     data = head_stage.history_data(recipe)
-    head_stage.train_stage_head("head", recipe, data, run, progress=lambda record: None)
+    head_stage.train_stage_head(
+        "head", recipe, data, run, head_stage.CountedExperts(recipe), progress=lambda record: None
+    )
     return recipe
 
 
@@ -87,3 +89,18 @@ def test_scalars_are_searched_as_far_from_validation_as_test_will_be(run, refit,
     for experts, samples in (*((one, tuned) for one in searched), (stored.experts, train), (final.experts, known)):
         expected = Experts.fit(dataset, rows_of(dataset, samples)).arrays()
         assert all(np.array_equal(value, experts.arrays()[name]) for name, value in expected.items())
+
+
+def test_experts_are_counted_once_for_each_set_of_samples_and_as_if_for_it_alone(run) -> None:
+    recipe = load_recipe(run, override(run.config(), ["head.reranker=true"]))
+    train, valid = (recipe.dataset.split(split) for split in ("train", "valid"))
+    both, experts = np.concatenate([train, valid]), head_stage.CountedExperts(recipe)
+    assert experts.on(train) is experts.on(train.copy())
+    alone = head_stage.CountedExperts(recipe).on(both)
+    for name, value in experts.on(both).arrays().items():
+        np.testing.assert_array_equal(value, alone.arrays()[name])
+
+
+def test_heads_without_experts_count_none(run) -> None:
+    recipe = load_recipe(run, override(run.config(), ["head.experts=false"]))
+    assert head_stage.CountedExperts(recipe).on(recipe.dataset.split("train")) is None
