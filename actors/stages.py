@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from actors.cluster import cores
 from actors.generation import RolloutPool
 from actors.job import Job
 from actors.learner import head_loop, warmup_loop
@@ -285,7 +286,9 @@ def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool)
     from rporec.report.html import write_report
 
     with progress("ranking", console=console) as bar:
-        summary = evaluate(run, config, ablations=ablations, progress=lambda name: bar.update(note=name))
+        summary = evaluate(
+            run, config, ablations=ablations, progress=lambda note: bar.update(note=note), processes=cores()
+        )
     write_report(run.folder)
     print_table(summary, console)
     return summary

@@ -6,8 +6,8 @@ A `Family` is a method before it has seen data: it proposes candidates and fits 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -97,16 +97,28 @@ def tune(
     progress: Callable[[Parameters, float], None] = lambda parameters, value: None,
 ) -> Tuned:
     """The candidate with the best NDCG@10 on validation when fitted on `samples`; the first of equals."""
-    best, tried = Tuned({}, -1.0, 0), 0
-    for path in family.paths(dataset, samples, validation, seed):
-        top, waited = -1.0, 0
-        for parameters, baseline in path:
-            value = validation.ndcg(baseline)
-            progress(parameters, value)
-            tried += 1
-            if value > best.ndcg:
-                best = Tuned(parameters, value, tried)
-            top, waited = (value, 0) if value > top else (top, waited + 1)
-            if waited >= PATIENCE:
-                break
-    return Tuned(best.parameters, best.ndcg, tried)
+    return best_of(climb(path, validation, progress) for path in family.paths(dataset, samples, validation, seed))
+
+
+def climb(
+    path: Iterator[tuple[Parameters, Baseline]],
+    validation: Validation,
+    progress: Callable[[Parameters, float], None] = lambda parameters, value: None,
+) -> Tuned:
+    """The best candidate of one path, which is left after `PATIENCE` candidates without a better one."""
+    best, tried, waited = Tuned({}, -1.0, 0), 0, 0
+    for parameters, baseline in path:
+        value = validation.ndcg(baseline)
+        progress(parameters, value)
+        tried += 1
+        best, waited = (Tuned(parameters, value, tried), 0) if value > best.ndcg else (best, waited + 1)
+        if waited >= PATIENCE:
+            break
+    return replace(best, tried=tried)
+
+
+def best_of(paths: Iterable[Tuned]) -> Tuned:
+    """The best of the paths, the first of equals, with all that was tried."""
+    found = list(paths)
+    best = max(found, key=lambda one: one.ndcg, default=Tuned({}, -1.0, 0))
+    return replace(best, tried=sum(one.tried for one in found))

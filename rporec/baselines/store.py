@@ -2,18 +2,24 @@
 
 RUN/baselines/NAME/tuned.json holds parameters, validation NDCG@10, candidates tried and seconds;
 beside it one `seed_N.safetensors` for each seed. An interruption loses the part it fell into.
+
+The networks take most of the time, and small ones gain little from a second thread. `prepare` trains them side by
+side, each by one thread of a process of its own.
 """
 
 from __future__ import annotations
 
+import itertools
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rporec.baselines.family import Baseline, Family, Parameters, Validation, tune
+from rporec.baselines.family import Baseline, Family, Parameters, Tuned, Validation, best_of, climb, tune
 from rporec.baselines.item_to_item import EASE_ITEMS
 from rporec.config import BASELINES
 from rporec.data.slices import tuning_samples
@@ -65,6 +71,39 @@ class BaselineStore:
         parameters = self.record(family.name)["parameters"] if self._path(family).is_file() else self._tuned(family)
         return [self._one(family, parameters, seed) for seed in (seeds if family.random else seeds[:1])]
 
+    def prepare(self, wanted: Sequence[Family], seeds: Sequence[int], processes: int) -> None:
+        """Tune and fit the networks among `wanted`, so many at a time, for `fitted` to read back."""
+        networks = [family for family in wanted if family.random]
+        untuned = [family for family in networks if not self._path(family).is_file()]
+        if processes < 2 or all(self._seed(family, seed).is_file() for family in networks for seed in seeds):
+            return
+        shared = (self.dataset, self.tuning, self.samples, self.validation)
+        context = multiprocessing.get_context("spawn")  # a fork would take over torch's locked threads
+        with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=shared) as pool:
+            climbing = {
+                family.name: [pool.submit(_climb, family.name, path) for path in range(self._paths(family))]
+                for family in untuned
+            }
+            self._await("paths tuned", [*itertools.chain(*climbing.values())])
+            for family in untuned:
+                found, seconds, cpu = zip(*(one.result() for one in climbing[family.name]), strict=True)
+                self._record(family, best_of(found), sum(seconds), sum(cpu))
+            fitting = [
+                pool.submit(_fit, family.name, self.record(family.name)["parameters"], seed, path)
+                for family in networks
+                for seed in seeds
+                if not (path := self._seed(family, seed)).is_file()
+            ]
+            self._await("fitted", fitting)
+
+    def _paths(self, family: Family) -> int:
+        return sum(1 for _ in family.paths(self.dataset, self.tuning, self.validation, 0))
+
+    def _await(self, what: str, futures: Collection[Future]) -> None:
+        for done, future in enumerate(as_completed(futures), 1):
+            future.result()
+            self.progress(f"networks: {done} of {len(futures)} {what}")
+
     def record(self, name: str) -> dict[str, Any]:
         """What tuning found and what it cost, or why the baseline is left out."""
         return read_json(self.folder / name / "tuned.json", {})
@@ -82,24 +121,61 @@ class BaselineStore:
 
         self.progress(f"{family.name}: tuning")
         found = tune(family, self.dataset, self.tuning, self.validation, progress=report)
+        self._record(family, found, time.perf_counter() - began, time.process_time() - cpu)
+        return found.parameters
+
+    def _record(self, family: Family, found: Tuned, seconds: float, cpu_seconds: float) -> None:
         record = {
             "parameters": found.parameters,
             "valid_ndcg@10": found.ndcg,
             "tried": found.tried,
-            "seconds": round(time.perf_counter() - began, 2),
-            "cpu_seconds": round(time.process_time() - cpu, 2),
+            "seconds": round(seconds, 2),
+            "cpu_seconds": round(cpu_seconds, 2),
         }
         write_json(self._path(family), record)
-        return found.parameters
 
     def _one(self, family: Family, parameters: Parameters, seed: int) -> Baseline:
-        from safetensors.numpy import load_file, save_file
+        from safetensors.numpy import load_file
 
-        path = self.folder / family.name / f"seed_{seed}.safetensors"
+        path = self._seed(family, seed)
         if path.is_file():
             return family.restore(self.dataset, load_file(path), parameters)
         self.progress(f"{family.name}: fitting" + (f", seed {seed}" if family.random else ""))
         baseline = family.fit(self.dataset, self.samples, parameters, seed)
-        with replacing(path) as temporary:
-            save_file({name: np.ascontiguousarray(value) for name, value in baseline.arrays().items()}, temporary)
+        _save(baseline, path)
         return baseline
+
+    def _seed(self, family: Family, seed: int) -> Path:
+        return self.folder / family.name / f"seed_{seed}.safetensors"
+
+
+def _save(baseline: Baseline, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file({name: np.ascontiguousarray(value) for name, value in baseline.arrays().items()}, temporary)
+
+
+# --- in a process of `prepare` ---------------------------------------------------------------------
+_shared: tuple[Dataset, np.ndarray, np.ndarray, Validation]  # and what candidates and final fits learn from
+
+
+def _begin(dataset: Dataset, tuning: np.ndarray, samples: np.ndarray, validation: Validation) -> None:
+    import torch
+
+    global _shared
+    _shared = dataset, tuning, samples, validation
+    torch.set_num_threads(1)
+
+
+def _climb(name: str, number: int) -> tuple[Tuned, float, float]:
+    """The best of a family's path, wall and CPU seconds."""
+    began, cpu = time.perf_counter(), time.process_time()
+    dataset, tuning, _, validation = _shared
+    path = next(itertools.islice(families()[name].paths(dataset, tuning, validation, 0), number, None))
+    return climb(path, validation), time.perf_counter() - began, time.process_time() - cpu
+
+
+def _fit(name: str, parameters: Parameters, seed: int, path: Path) -> None:
+    dataset, _, samples, _ = _shared
+    _save(families()[name].fit(dataset, samples, parameters, seed), path)

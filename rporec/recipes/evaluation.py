@@ -24,10 +24,15 @@ from rporec.run import Run
 CHUNK = 512  # samples scored at once
 
 
-def evaluate(run: Run, config: Config, *, ablations: bool, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Rank test with every method the run has; writes ranks.parquet, metrics.json and rollouts.json."""
+def evaluate(
+    run: Run, config: Config, *, ablations: bool, progress: Callable[[str], None], processes: int = 1
+) -> dict[str, Any]:
+    """Rank test with every method the run has; writes ranks.parquet, metrics.json and rollouts.json.
+
+    processes: that may train baselines at once.
+    """
     recipe, store = load_recipe(run, config), baseline_store(run, config, progress)
-    ranked = rank(recipe.dataset, methods(recipe, run, store, ablations), progress)
+    ranked = rank(recipe.dataset, methods(recipe, run, store, ablations, processes), progress)
     ranked.table.write(run.folder / "ranks.parquet")
     summary = summarize(recipe.dataset, config, ranked)
     summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}

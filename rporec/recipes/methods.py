@@ -37,10 +37,12 @@ class Method:
     conventions: Collection[Convention] = CONVENTIONS  # that the scores are for
 
 
-def methods(recipe: StagedRecipe, run: Run, store: BaselineStore, ablations: bool) -> Iterator[Method]:
-    """Every method that the run has: of one without an LLM yet, the baselines."""
+def methods(
+    recipe: StagedRecipe, run: Run, store: BaselineStore, ablations: bool, processes: int = 1
+) -> Iterator[Method]:
+    """Every method that the run has: of one without an LLM yet, the baselines. processes: see `BaselineStore.prepare`."""
     test = recipe.evaluated("test")
-    yield from baselines(store, recipe.config, test)
+    yield from baselines(store, recipe.config, test, processes)
     if not run.finished("stage1"):
         yield from _ceilings(recipe, None, test)
     elif recipe.config.writes_items:
@@ -50,9 +52,10 @@ def methods(recipe: StagedRecipe, run: Run, store: BaselineStore, ablations: boo
         yield from _head_methods(recipe, run, ablations, test)
 
 
-def baselines(store: BaselineStore, config: Config, test: np.ndarray) -> Iterator[Method]:
+def baselines(store: BaselineStore, config: Config, test: np.ndarray, processes: int = 1) -> Iterator[Method]:
     """Fitted on all of train. One that depends on its seed comes once for each."""
     known, seeds = families(), range(config.seed, config.seed + config.evaluate.seeds)
+    store.prepare([known[name] for name in config.evaluate.baselines], seeds, processes)
     for name in config.evaluate.baselines:
         for baseline in store.fitted(known[name], seeds):
             yield Method(name, test, _by(baseline, store.dataset, test))

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from rporec.baselines import family
 from rporec.baselines.family import Validation, tune
@@ -239,6 +240,31 @@ def test_the_store_tunes_and_fits_once(tmp_path, world, monkeypatch):
     assert told == ["sasrec: fitting, seed 1"]
     for old, new in zip(first, again, strict=True):
         assert np.array_equal(old.scores(world, test), new.scores(world, test))
+
+
+def test_what_processes_train_side_by_side_is_what_one_would_have_trained(tmp_path, world):
+    known, seeds = families(), [0, 1]
+    wanted = [known[name] for name in ("rules", "sasrec")]
+    told: list[str] = []
+    stores = [
+        BaselineStore(tmp_path / str(number), world, exclude_history=True, refit=True, progress=told.append)
+        for number in range(2)
+    ]
+    stores[0].prepare(wanted, seeds, 2)
+    assert not (tmp_path / "0" / "rules").exists()  # no network
+    told.clear()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        one, other = (store.fitted(known["sasrec"], seeds) for store in stores)
+    finally:
+        torch.set_num_threads(threads)
+    assert told[0] == "sasrec: tuning"  # the second store's; the first had nothing left to do
+    records = [{k: v for k, v in store.record("sasrec").items() if "seconds" not in k} for store in stores]
+    assert records[0] == records[1]
+    test = world.split("test")[:8]
+    for mine, theirs in zip(one, other, strict=True):
+        assert np.array_equal(mine.scores(world, test), theirs.scores(world, test))
 
 
 def test_a_refit_learns_from_validation_too(tmp_path, world):
