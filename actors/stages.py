@@ -323,8 +323,7 @@ def _forget_earlier_best(run: Run) -> None:
     model = {key: best[key] for key in ("attempt", "version")}
     if read_json(folder / "model.json") != model:
         shutil.rmtree(folder, ignore_errors=True)
-        for head in ("refreshed/stage2", "refreshed/stage2_refit"):
-            shutil.rmtree(run.head(head), ignore_errors=True)
+        shutil.rmtree(run.head("refreshed/stage2"), ignore_errors=True)
         folder.mkdir(parents=True)
         write_json(folder / "model.json", model)
 

@@ -21,6 +21,8 @@ from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
 
+REWARDING = ("head", "recommender")  # heads that training asks; all others are for the final figures alone
+
 
 @dataclass(frozen=True)
 class HeadData:
@@ -102,13 +104,15 @@ def train_stage_head(
 
     With `head.samples: before_rl` its networks learn from the rest of the training samples too, which the
     LLM wrote nothing for: all but the RL slice, whose targets the head is to reward.
-    With `head.refit: train+valid` a second head, trained for as many epochs on validation too, stands
-    beside it as `name_refit`, for the final figures on test alone. It rewards nothing: with `before_rl`
-    the RL slice is among its samples. The reranker learns from what the experts are counted on.
+    With `head.refit: train+valid` a second head, trained for as many epochs on validation too, is for the
+    final figures on test. It rewards nothing: with `before_rl` the RL slice is among its samples. So it
+    stands beside one of `REWARDING` as `name_refit`, and in the place of any other. The reranker learns
+    from what the experts are counted on.
     """
     config, dataset = recipe.config, recipe.dataset
     seed = _seed(config)
     masks, refit = config.data.headline == "exclude_history", config.head.refit == "train+valid"
+    wide, replaced = config.head.samples == "before_rl", refit and name not in REWARDING
     known = dataset.split("train")
 
     def fresh(**changes: Any) -> RecHead:
@@ -147,13 +151,14 @@ def train_stage_head(
         return head, result.epochs
 
     tuned = experts.on(tuning_samples(dataset, refit=refit)) if rank == 0 else None
-    head, epochs = chosen(name, recipe.slices.before_rl)
-    if rank == 0:
+    if not (wide and replaced):
+        head, epochs = chosen(name, recipe.slices.before_rl)
+    if rank == 0 and not replaced:
         head.experts = experts.on(known)
         head.save(run.head(name))
     if refit:
-        label = f"{name}_refit"
-        if config.head.samples == "before_rl":  # as near to validation as the last fit to test
+        label = name if replaced else f"{name}_refit"
+        if wide:  # as near to validation as the last fit to test
             head, epochs = chosen(label, known)
         final = fresh(epochs=max(1, epochs))
         silent, targets = _silent(recipe, data, known)
@@ -166,12 +171,13 @@ def train_stage_head(
 
 
 def is_trained(run: Run, recipe: StagedRecipe, name: str) -> bool:
-    """Whether the head is there, and its refitted one, which is saved after it."""
-    wanted = [name, f"{name}_refit"] if recipe.config.head.refit == "train+valid" else [name]
+    """Whether the head is there, and the refitted one beside it, which is saved after it."""
+    both = recipe.config.head.refit == "train+valid" and name in REWARDING
+    wanted = [name, f"{name}_refit"] if both else [name]
     return all(run.head(folder).is_dir() for folder in wanted)
 
 
 def final_head(run: Run, recipe: StagedRecipe, name: str) -> RecHead:
-    """The head that test is scored with: the refitted one where there is one."""
+    """The head that test is scored with: the refitted one where one stands beside it."""
     refit = run.head(f"{name}_refit")
     return RecHead.load(refit if refit.is_dir() else run.head(name), recipe.dataset.catalog)

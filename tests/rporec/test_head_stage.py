@@ -36,11 +36,11 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
-def trained(run: Run, *changes: str) -> StagedRecipe:
+def trained(run: Run, *changes: str, name: str = "head") -> StagedRecipe:
     recipe = load_recipe(run, override(run.config(), list(changes)))
     data = head_stage.history_data(recipe)
     head_stage.train_stage_head(
-        "head", recipe, data, run, head_stage.CountedExperts(recipe), progress=lambda record: None
+        name, recipe, data, run, head_stage.CountedExperts(recipe), progress=lambda record: None
     )
     return recipe
 
@@ -68,6 +68,18 @@ def test_a_head_that_rewards_learns_from_its_samples_and_one_for_test_from_valid
     for name, head in expected.items():
         saved = RecHead.load(run.head(name), recipe.dataset.catalog).state_dict()
         assert all(torch.equal(value, saved[key]) for key, value in head.state_dict().items()), name
+
+
+@pytest.mark.parametrize("samples", ["slice", "before_rl"])
+def test_of_a_head_for_evaluation_alone_there_is_but_the_refitted_one(run, samples) -> None:
+    changes = ["head.refit=train+valid", f"head.samples={samples}"]
+    trained(run, *changes)
+    recipe = trained(run, *changes, name="head_history")
+    assert not run.head("head_history_refit").exists()
+    assert head_stage.is_trained(run, recipe, "head_history")
+    rewarding, alone = (head_stage.final_head(run, recipe, name) for name in ("head", "head_history"))
+    assert rewarding.weights == alone.weights
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in rewarding.state_dict().items())
 
 
 @pytest.mark.parametrize("refit", ["none", "train+valid"])
