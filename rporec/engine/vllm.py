@@ -34,7 +34,7 @@ from rporec.engine.types import (
     Version,
 )
 from rporec.engine.vllm_search import VllmSearch
-from rporec.engine.vllm_start import start_llm
+from rporec.engine.vllm_start import NUCLEUS, start_llm
 from rporec.engine.weights import Described, check_fit, checkpoint_shapes
 
 # vLLM keeps the context of a forward pass in a global of the process: of several engines one steps at a time.
@@ -82,6 +82,7 @@ class VllmEngine:
         self._core = self._llm.llm_engine
         self.decoder = Decoder(model_dir)
         self._llm.init_weight_transfer_engine({"init_info": {}})
+        self._has_nucleus = NUCLEUS in (self._core.vllm_config.model_config.logits_processors or ())
         self._labelled = _labels_tokens(self._core)
         if self._labelled:
             self._core.set_weight_version(str(version))
@@ -286,10 +287,12 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         stop_ids, stop_strings = self.decoder.split_stops(spec.stop)
+        cut = {"nucleus": spec.top_p} if self._has_nucleus and spec.top_p < 1 else None
         return SamplingParams(
             n=spec.n,
             temperature=spec.temperature,
-            top_p=spec.top_p,
+            top_p=1.0 if cut else spec.top_p,
+            extra_args=cut,
             max_tokens=spec.max_tokens,
             min_tokens=spec.min_tokens,
             seed=None if spec.greedy else spec.base_seed,  # vLLM gives completion i the seed + i

@@ -10,6 +10,7 @@ from rporec.config import EngineConfig
 from rporec.engine.step_loop import out_of_memory
 from rporec.engine.types import EngineError
 
+NUCLEUS = "rporec.engine.nucleus:Nucleus"
 CPU_BATCHED_TOKENS = 4096  # of one step: whole prompts, as many as fit
 CPU_BLOCK_SIZE = 32  # tokens; prefixes are cached in whole blocks and vLLM's default here, 128, caches few
 
@@ -67,6 +68,7 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
             "max_num_batched_tokens": max(context, CPU_BATCHED_TOKENS),
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": config.kv_cache_mb * 2**20,
+            "logits_processors": [NUCLEUS],
         }
     else:
         args["dtype"] = "bfloat16" if config.dtype == "auto" else config.dtype
