@@ -32,7 +32,6 @@ from rporec.data import build, find_sources, is_built
 from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
-from rporec.recipes.head_stage import is_trained
 from rporec.recipes.rporec import RPORec
 from rporec.report.live import progress
 from rporec.run import Run
@@ -304,7 +303,7 @@ def _more_warmup(job: Job, recipe: StagedRecipe) -> None:
         steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
         _supervise(job, "more_warmup", steps)
     _write_completions(job, recipe, run.folder / "more_warmup" / "model", recipe.parts("more_warmup"))
-    if not is_trained(run, recipe, "more_warmup/head"):
+    if not run.head("more_warmup/head").is_dir():
         _train_heads(job, "more_warmup_head", "more_warmup", {"more_warmup/head": "text"})
 
 
@@ -313,7 +312,7 @@ def _refresh_heads(job: Job, recipe: StagedRecipe) -> None:
     run = job.run
     before, after = {"refreshed/stage1": "text", "refreshed/history": "blank"}, {"refreshed/stage2": "text"}
     for stage, model, heads in (("stage1", run.warm_model, before), ("stage2", run.best_model, after)):
-        if model.is_dir() and not all(is_trained(run, recipe, name) for name in heads):
+        if model.is_dir() and not all(run.head(name).is_dir() for name in heads):
             _train_heads(job, f"refreshed_{stage}", stage, heads, ("head", "rl"))
 
 

@@ -2,25 +2,20 @@
 
 RUN/baselines/NAME/tuned.json holds parameters, validation NDCG@10, candidates tried and seconds;
 beside it one `seed_N.safetensors` for each seed. An interruption loses the part it fell into.
-
-The networks take most of the time, and small ones gain little from a second thread. `prepare` trains them side by
-side, each by one thread of a process of its own.
 """
 
 from __future__ import annotations
 
-import itertools
-import multiprocessing
 import time
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rporec.baselines.family import Baseline, Family, Parameters, Tuned, Validation, best_of, climb, tune
+from rporec.baselines.family import Baseline, Family, Parameters, Tuned, Validation, best_of, tune
 from rporec.baselines.item_to_item import EASE_ITEMS
+from rporec.baselines.processes import Work, climb_path, fit, processes
 from rporec.config import BASELINES
 from rporec.data.slices import tuning_samples
 from rporec.files import read_json, replacing, write_json
@@ -65,51 +60,54 @@ class BaselineStore:
         """One for each seed, a single one where the seed does not matter, none where the catalogue is too large."""
         if family.name == "ease" and len(self.dataset.catalog) > EASE_ITEMS:
             reason = f"inverts a matrix over all items, and there are more than {EASE_ITEMS:,}"
-            write_json(self._path(family), {"left_out": reason})
+            write_json(self._tuned_file(family), {"left_out": reason})
             self.progress(f"{family.name} is left out: it {reason}")
             return []
-        parameters = self.record(family.name)["parameters"] if self._path(family).is_file() else self._tuned(family)
+        parameters = (
+            self.record(family.name)["parameters"] if self._tuned_file(family).is_file() else self._tuned(family)
+        )
         return [self._one(family, parameters, seed) for seed in (seeds if family.random else seeds[:1])]
 
-    def prepare(self, wanted: Sequence[Family], seeds: Sequence[int], processes: int) -> None:
-        """Tune and fit the networks among `wanted`, so many at a time, for `fitted` to read back."""
+    def prepare(self, wanted: Sequence[Family], seeds: Sequence[int], count: int) -> None:
+        """Tune and fit the networks among `wanted` in so many processes, for `fitted` to read back.
+
+        With fewer than two it does nothing; `fitted` then trains one after another.
+        """
         networks = [family for family in wanted if family.random]
-        untuned = [family for family in networks if not self._path(family).is_file()]
-        if processes < 2 or all(self._seed(family, seed).is_file() for family in networks for seed in seeds):
+        if count < 2 or all(self._seed_file(family, seed).is_file() for family in networks for seed in seeds):
             return
-        shared = (self.dataset, self.tuning, self.samples, self.validation)
-        context = multiprocessing.get_context("spawn")  # a fork would take over torch's locked threads
-        with ProcessPoolExecutor(processes, context, initializer=_begin, initargs=shared) as pool:
+        work = Work(self.dataset, self.tuning, self.samples, self.validation)
+        self.progress("networks: tuning")
+        with processes(count, work) as pool:
             climbing = {
-                family.name: [pool.submit(_climb, family.name, path) for path in range(self._paths(family))]
-                for family in untuned
-            }
-            self._await("paths tuned", [*itertools.chain(*climbing.values())])
-            for family in untuned:
-                found, seconds, cpu = zip(*(one.result() for one in climbing[family.name]), strict=True)
-                self._record(family, best_of(found), sum(seconds), sum(cpu))
-            fitting = [
-                pool.submit(_fit, family.name, self.record(family.name)["parameters"], seed, path)
+                family.name: [pool.submit(climb_path, family, number) for number in range(self._paths(family))]
                 for family in networks
-                for seed in seeds
-                if not (path := self._seed(family, seed)).is_file()
-            ]
-            self._await("fitted", fitting)
+                if not self._tuned_file(family).is_file()
+            }
+            fitting = []
+            for family in networks:
+                if family.name in climbing:
+                    found, seconds, cpu = zip(*(one.result() for one in climbing[family.name]), strict=True)
+                    self._record(family, best_of(found), sum(seconds), sum(cpu))
+                parameters = self.record(family.name)["parameters"]
+                missing = [seed for seed in seeds if not self._seed_file(family, seed).is_file()]
+                fitting += [(family, seed, pool.submit(fit, family, parameters, seed)) for seed in missing]
+            for family, seed, fitted in fitting:
+                self._save(fitted.result(), family, seed)
+                self.progress(f"{family.name}: fitted, seed {seed}")
 
     def _paths(self, family: Family) -> int:
         return sum(1 for _ in family.paths(self.dataset, self.tuning, self.validation, 0))
-
-    def _await(self, what: str, futures: Collection[Future]) -> None:
-        for done, future in enumerate(as_completed(futures), 1):
-            future.result()
-            self.progress(f"networks: {done} of {len(futures)} {what}")
 
     def record(self, name: str) -> dict[str, Any]:
         """What tuning found and what it cost, or why the baseline is left out."""
         return read_json(self.folder / name / "tuned.json", {})
 
-    def _path(self, family: Family) -> Path:
+    def _tuned_file(self, family: Family) -> Path:
         return self.folder / family.name / "tuned.json"
+
+    def _seed_file(self, family: Family, seed: int) -> Path:
+        return self.folder / family.name / f"seed_{seed}.safetensors"
 
     def _tuned(self, family: Family) -> Parameters:
         began, cpu, tried = time.perf_counter(), time.process_time(), 0
@@ -132,50 +130,22 @@ class BaselineStore:
             "seconds": round(seconds, 2),
             "cpu_seconds": round(cpu_seconds, 2),
         }
-        write_json(self._path(family), record)
+        write_json(self._tuned_file(family), record)
+        self.progress(f"{family.name}: {found.tried} candidates, validation NDCG@10 {found.ndcg:.4f}")
 
     def _one(self, family: Family, parameters: Parameters, seed: int) -> Baseline:
         from safetensors.numpy import load_file
 
-        path = self._seed(family, seed)
+        path = self._seed_file(family, seed)
         if path.is_file():
             return family.restore(self.dataset, load_file(path), parameters)
         self.progress(f"{family.name}: fitting" + (f", seed {seed}" if family.random else ""))
         baseline = family.fit(self.dataset, self.samples, parameters, seed)
-        _save(baseline, path)
+        self._save(baseline, family, seed)
         return baseline
 
-    def _seed(self, family: Family, seed: int) -> Path:
-        return self.folder / family.name / f"seed_{seed}.safetensors"
+    def _save(self, baseline: Baseline, family: Family, seed: int) -> None:
+        from safetensors.numpy import save_file
 
-
-def _save(baseline: Baseline, path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    with replacing(path) as temporary:
-        save_file({name: np.ascontiguousarray(value) for name, value in baseline.arrays().items()}, temporary)
-
-
-# --- in a process of `prepare` ---------------------------------------------------------------------
-_shared: tuple[Dataset, np.ndarray, np.ndarray, Validation]  # and what candidates and final fits learn from
-
-
-def _begin(dataset: Dataset, tuning: np.ndarray, samples: np.ndarray, validation: Validation) -> None:
-    import torch
-
-    global _shared
-    _shared = dataset, tuning, samples, validation
-    torch.set_num_threads(1)
-
-
-def _climb(name: str, number: int) -> tuple[Tuned, float, float]:
-    """The best of a family's path, wall and CPU seconds."""
-    began, cpu = time.perf_counter(), time.process_time()
-    dataset, tuning, _, validation = _shared
-    path = next(itertools.islice(families()[name].paths(dataset, tuning, validation, 0), number, None))
-    return climb(path, validation), time.perf_counter() - began, time.process_time() - cpu
-
-
-def _fit(name: str, parameters: Parameters, seed: int, path: Path) -> None:
-    dataset, _, samples, _ = _shared
-    _save(families()[name].fit(dataset, samples, parameters, seed), path)
+        with replacing(self._seed_file(family, seed)) as temporary:
+            save_file({name: np.ascontiguousarray(value) for name, value in baseline.arrays().items()}, temporary)

@@ -287,7 +287,7 @@ class VllmEngine:
         from vllm.sampling_params import RequestOutputKind
 
         stop_ids, stop_strings = self.decoder.split_stops(spec.stop)
-        cut = {"nucleus": spec.top_p} if self._has_nucleus and spec.top_p < 1 else None
+        cut = {"nucleus": spec.top_p} if self._has_nucleus and spec.top_p < 1 and not spec.greedy else None
         return SamplingParams(
             n=spec.n,
             temperature=spec.temperature,

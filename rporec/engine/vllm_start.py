@@ -68,8 +68,9 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
             "max_num_batched_tokens": max(context, CPU_BATCHED_TOKENS),
             "block_size": CPU_BLOCK_SIZE,
             "kv_cache_memory_bytes": config.kv_cache_mb * 2**20,
-            "logits_processors": [NUCLEUS],
         }
+        if "speculative_config" not in config.args:  # vLLM allows no processors beside it
+            args["logits_processors"] = [NUCLEUS]
     else:
         args["dtype"] = "bfloat16" if config.dtype == "auto" else config.dtype
         if config.gpu_share < 1:  # vLLM would take nearly all of its memory

@@ -21,7 +21,8 @@ from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
 
-REWARDING = ("head", "recommender")  # heads that training asks; all others are for the final figures alone
+REWARDING = "head"  # the head that rewards, and ranks test too
+RECOMMENDER = "recommender"  # one that rewards or judges, and ranks nothing; all others rank test alone
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def _silent(recipe: StagedRecipe, data: HeadData, others: np.ndarray) -> tuple[H
 
 
 class CountedExperts:
-    """The experts of a recipe's heads, counted once for each set of samples: they read no text, so all heads share them."""
+    """The experts of a recipe's heads, counted once for each set of samples: they read nothing that an LLM wrote."""
 
     def __init__(self, recipe: StagedRecipe) -> None:
         self.recipe = recipe
@@ -104,15 +105,16 @@ def train_stage_head(
 
     With `head.samples: before_rl` its networks learn from the rest of the training samples too, which the
     LLM wrote nothing for: all but the RL slice, whose targets the head is to reward.
-    With `head.refit: train+valid` a second head, trained for as many epochs on validation too, is for the
-    final figures on test. It rewards nothing: with `before_rl` the RL slice is among its samples. So it
-    stands beside one of `REWARDING` as `name_refit`, and in the place of any other. The reranker learns
-    from what the experts are counted on.
+    With `head.refit: train+valid` test is ranked by heads that were trained for as many epochs on validation too.
+    They reward nothing: with `before_rl` the RL slice is among their samples. So one stands beside the
+    head that rewards, as `head_refit`, and in the place of any other that ranks test. The reranker
+    learns from what the experts are counted on.
     """
     config, dataset = recipe.config, recipe.dataset
     seed = _seed(config)
-    masks, refit = config.data.headline == "exclude_history", config.head.refit == "train+valid"
-    wide, replaced = config.head.samples == "before_rl", refit and name not in REWARDING
+    masks, wide = config.data.headline == "exclude_history", config.head.samples == "before_rl"
+    refits = config.head.refit == "train+valid"
+    refit, replaced = refits and name != RECOMMENDER, refits and name not in (RECOMMENDER, REWARDING)
     known = dataset.split("train")
 
     def fresh(**changes: Any) -> RecHead:
@@ -150,7 +152,7 @@ def train_stage_head(
             progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
         return head, result.epochs
 
-    tuned = experts.on(tuning_samples(dataset, refit=refit)) if rank == 0 else None
+    tuned = experts.on(tuning_samples(dataset, refit=refits)) if rank == 0 else None
     if not (wide and replaced):
         head, epochs = chosen(name, recipe.slices.before_rl)
     if rank == 0 and not replaced:
@@ -168,13 +170,6 @@ def train_stage_head(
             final.experts = experts.on(np.concatenate([known, dataset.split("valid")]))
             final.weights = dict(head.weights)
             final.save(run.head(label))
-
-
-def is_trained(run: Run, recipe: StagedRecipe, name: str) -> bool:
-    """Whether the head is there, and the refitted one beside it, which is saved after it."""
-    both = recipe.config.head.refit == "train+valid" and name in REWARDING
-    wanted = [name, f"{name}_refit"] if both else [name]
-    return all(run.head(folder).is_dir() for folder in wanted)
 
 
 def final_head(run: Run, recipe: StagedRecipe, name: str) -> RecHead:

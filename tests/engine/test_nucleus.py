@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from vllm import SamplingParams
+from vllm.v1.sample.logits_processor import BatchUpdate, MoveDirectionality
 from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p_pytorch
 
 from rporec.engine.nucleus import Nucleus, nucleus
@@ -28,8 +30,19 @@ def test_it_keeps_what_a_sort_of_all_tokens_keeps(spread):
 
 def test_a_row_without_a_share_stays_as_it_is():
     processor = Nucleus(None, torch.device("cpu"), False)
-    processor._shares = {1: 0.5}
-    logits = torch.tensor([[2.0, 1.0, 0.0], [2.0, 1.0, 0.0]])
-    found = processor.apply(logits.clone())
-    assert torch.equal(found[0], logits[0])
-    assert found[1].tolist() == [2.0, -torch.inf, -torch.inf]
+    half, whole = SamplingParams(extra_args={"nucleus": 0.5}), SamplingParams()
+
+    def cut_rows(size: int, **changes: list) -> list[int]:
+        processor.update_state(BatchUpdate(size, **{"removed": [], "added": [], "moved": [], **changes}))
+        logits = torch.tensor([[2.0, 1.0, 0.0]]).repeat(size, 1)
+        found = processor.apply(logits.clone())
+        cut = found.isinf().any(dim=1)
+        assert torch.equal(found[~cut], logits[~cut])
+        assert all(row == [2.0, -torch.inf, -torch.inf] for row in found[cut].tolist())
+        return cut.nonzero().flatten().tolist()
+
+    assert cut_rows(2, added=[(0, whole, None, []), (1, half, None, [])]) == [1]
+    assert cut_rows(2, moved=[(0, 1, MoveDirectionality.SWAP)]) == [0]
+    assert cut_rows(3, added=[(2, half, None, [])]) == [0, 2]
+    assert cut_rows(2, removed=[0], moved=[(2, 0, MoveDirectionality.UNIDIRECTIONAL)]) == [0]
+    assert cut_rows(2, added=[(0, whole, None, [])]) == []

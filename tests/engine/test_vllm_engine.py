@@ -102,7 +102,8 @@ def test_logprobs_of_a_nucleus_are_normalised_within_it(engine, model):
 
 
 def test_greedy_and_sampled_requests_share_a_batch_without_touching_each_other(engine, model):
-    futures = [engine.submit(p, s) for p in PROMPTS for s in (greedy(), sampled(temperature=0.5))]
+    greedily = SamplingSpec(temperature=0, top_p=0.5, max_tokens=16, stop=())
+    futures = [engine.submit(p, s) for p in PROMPTS for s in (greedily, sampled(temperature=0.5, top_p=0.9))]
     for prompt, [one] in zip(PROMPTS, (future.result(60) for future in futures[::2]), strict=True):
         assert one.token_ids.tolist() == greedy_of(model, prompt)
         assert one.logprobs == pytest.approx(teacher_forced(model, prompt, one.token_ids), abs=1e-4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from rporec.baselines.family import Validation, tune
 from rporec.baselines.gru4rec import GRU4Rec
 from rporec.baselines.item_to_item import EASE, EVERY, Rules, TextKNN
 from rporec.baselines.popularity import Popularity, Recent
+from rporec.baselines.processes import Work, fit, processes
 from rporec.baselines.sasrec import SASRec
 from rporec.baselines.store import BaselineStore, families
 from rporec.baselines.text_rules import Blend
@@ -250,8 +253,10 @@ def test_what_processes_train_side_by_side_is_what_one_would_have_trained(tmp_pa
         BaselineStore(tmp_path / str(number), world, exclude_history=True, refit=True, progress=told.append)
         for number in range(2)
     ]
+    stores[0].prepare(wanted, seeds[:1], 2)
+    assert {path.name for path in (tmp_path / "0").rglob("*.*")} == {"tuned.json", "seed_0.safetensors"}  # no rules
     stores[0].prepare(wanted, seeds, 2)
-    assert not (tmp_path / "0" / "rules").exists()  # no network
+    assert told[-2:] == ["networks: tuning", "sasrec: fitted, seed 1"]  # what was tuned is not tuned again
     told.clear()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -259,12 +264,29 @@ def test_what_processes_train_side_by_side_is_what_one_would_have_trained(tmp_pa
         one, other = (store.fitted(known["sasrec"], seeds) for store in stores)
     finally:
         torch.set_num_threads(threads)
-    assert told[0] == "sasrec: tuning"  # the second store's; the first had nothing left to do
+    assert told.count("sasrec: tuning") == 1  # the second store's; the first had nothing left to do
     records = [{k: v for k, v in store.record("sasrec").items() if "seconds" not in k} for store in stores]
     assert records[0] == records[1]
     test = world.split("test")[:8]
     for mine, theirs in zip(one, other, strict=True):
         assert np.array_equal(mine.scores(world, test), theirs.scores(world, test))
+
+
+def test_processes_end_at_once_when_what_waits_for_them_fails(world, validation):
+    train, running = world.split("train"), []
+
+    def interrupted() -> None:
+        with processes(2, Work(world, train, train, validation)) as pool:
+            endless = {"dropout": 0.2, "lr": 1e-3, "epochs": 41}
+            running.extend(pool.submit(fit, SASRec(), endless, seed) for seed in range(8))
+            while not running[0].running():
+                time.sleep(0.01)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not multiprocessing.active_children()
+    assert all(one.cancelled() or one.exception() for one in running)
 
 
 def test_a_refit_learns_from_validation_too(tmp_path, world):

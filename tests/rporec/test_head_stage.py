@@ -76,10 +76,19 @@ def test_of_a_head_for_evaluation_alone_there_is_but_the_refitted_one(run, sampl
     trained(run, *changes)
     recipe = trained(run, *changes, name="head_history")
     assert not run.head("head_history_refit").exists()
-    assert head_stage.is_trained(run, recipe, "head_history")
     rewarding, alone = (head_stage.final_head(run, recipe, name) for name in ("head", "head_history"))
     assert rewarding.weights == alone.weights
     assert all(torch.equal(value, alone.state_dict()[key]) for key, value in rewarding.state_dict().items())
+
+
+def test_a_recommender_that_rewards_and_ranks_nothing_is_not_refitted(run) -> None:
+    recipe = trained(run, "head.refit=train+valid", name="recommender")
+    assert not run.head("recommender_refit").exists()
+    expected = by_hand(
+        recipe, np.concatenate([np.setdiff1d(recipe.slices.before_rl, recipe.slices.head), recipe.slices.head])
+    )
+    saved = RecHead.load(run.head("recommender"), recipe.dataset.catalog).state_dict()
+    assert all(torch.equal(value, saved[key]) for key, value in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("refit", ["none", "train+valid"])
