@@ -34,7 +34,8 @@ class Nucleus(LogitsProcessor):
 def nucleus(logits: torch.Tensor, shares: torch.Tensor, top: int = TOP) -> torch.Tensor:
     """The logits with -inf for every token that more probable ones leave no room for.
 
-    A token stays while those before it hold less than the share, and with it all that are as probable. logits: float [B, V]; shares: float [B], in (0, 1].
+    A token stays while those before it hold less than the share, and with it all that are as probable.
+    logits: float [B, V]; shares: float [B], in (0, 1]; top: how many are looked at first.
     """
     best = logits.topk(min(top, logits.shape[1]), dim=1).values
     held = (best - logits.logsumexp(1, keepdim=True)).exp().cumsum(1)

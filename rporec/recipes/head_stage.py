@@ -114,7 +114,8 @@ def train_stage_head(
     seed = _seed(config)
     masks, wide = config.data.headline == "exclude_history", config.head.samples == "before_rl"
     refits = config.head.refit == "train+valid"
-    refit, replaced = refits and name != RECOMMENDER, refits and name not in (RECOMMENDER, REWARDING)
+    refit = refits and name != RECOMMENDER
+    replaced = refit and name != REWARDING
     known = dataset.split("train")
 
     def fresh(**changes: Any) -> RecHead:
