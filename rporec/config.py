@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -164,6 +164,7 @@ class ReReConfig(Section):
     semantic: float = 0.0
     collaborative: float = 0.0  # needs a recommender, which stage 1 then trains
     eval_beams: int = Field(20, ge=10)  # of validation and test; an item in none of them is a miss
+    more_beams: tuple[Annotated[int, Field(ge=10)], ...] = ()  # test again with each of these, for rows of their own
 
 
 class PreferenceConfig(Section):
@@ -242,6 +243,7 @@ class EvaluateConfig(Section):
 
     baselines: tuple[str, ...] = BASELINES[:-2]  # names, or `all`
     seeds: int = Field(3, ge=1)  # of a baseline that depends on its seed: its row is their mean
+    conventions: Literal["both", "headline"] = "both"  # headline: no ranks, and no beams, but in `data.headline`
 
     @field_validator("baselines", mode="before")
     @classmethod
@@ -330,6 +332,11 @@ class Config(Section):
     def writes_items(self) -> bool:
         """Whether what the LLM writes is an item itself."""
         return self.recipe != "rporec"
+
+    @property
+    def conventions(self) -> tuple[Literal["exclude_history", "all"], ...]:
+        """Those that test is ranked in."""
+        return ("exclude_history", "all") if self.evaluate.conventions == "both" else (self.data.headline,)
 
     @property
     def teacher_kind(self) -> str:

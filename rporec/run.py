@@ -212,7 +212,7 @@ def _first_difference(
     held: dict[str, Any], wanted: dict[str, Any], may_change: Collection[str], prefix: str = ""
 ) -> str | None:
     for key in sorted(set(held) | set(wanted)):
-        if not prefix and key in may_change:
+        if f"{prefix}{key}" in may_change:
             continue
         ours, theirs = held.get(key), wanted.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):

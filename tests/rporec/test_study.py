@@ -130,9 +130,11 @@ def test_what_does_not_belong_together_is_named(tmp_path):
         markdown(out)
 
 
-def test_one_seed_alone_may_have_the_control(tmp_path):
+def test_one_seed_alone_may_have_the_control_and_more_beams(tmp_path):
     both = {"rporec_stage1": drawn(0, 1), "rporec_stage2": drawn(1, 1)}
-    result(tmp_path, config(0, more_warmup=True), {**both, "rporec_stage1_moresft": drawn(2, 1)})
+    result(
+        tmp_path, config(0, more_warmup=True, rere={"more_beams": [50]}), {**both, "rporec_stage1_moresft": drawn(2, 1)}
+    )
     result(tmp_path, config(1), both)
     told = markdown(tmp_path / "study")
     means, seeds = told.split("by seed")
