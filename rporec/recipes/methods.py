@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -71,7 +71,7 @@ def _beams(recipe: StagedRecipe, run: Run) -> Iterator[Method]:
     """The items that the LLM wrote after warm-up and after stage 2, in a search of its own for each convention."""
     items, config = len(recipe.dataset.catalog), recipe.config
     for name, stage in (("rere_sft", "stage1"), (trained_writer(config), "stage2")):
-        for suffix, convention in itertools.product(beams_of_test(config).values(), config.conventions):
+        for suffix, convention in product(beams_of_test(config).values(), config.tested_conventions):
             if (folder := run.completions(stage, f"test_{convention}{suffix}")).is_dir():
                 samples, beams = read_items(folder)
                 yield Method(f"{name}{suffix}", samples, _listed(beams, items), [convention])
@@ -106,13 +106,13 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
             samples, texts = read_completions(run.completions(stage, "test_sampled"))
             inputs = head_inputs(dataset, samples, texts)
             yield Method(f"rporec_{stage}_sampled", samples, _scored(head, inputs))
-            yield from _voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
+            yield from voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
     yield from _more_warmup(recipe, run, head)
     yield from _refreshed(recipe, run, ablations, test)
     yield from _ceilings(recipe, head.scores, test)
 
 
-def _voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[Method]:
+def voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[Method]:
     """K completions a sample vote by the mean of the scores that they lead to; nothing where K is 1."""
     distinct, counts = np.unique(samples, return_counts=True)
     k = int(counts.max(initial=0))

@@ -8,6 +8,8 @@ from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
 from rporec.engine.trie import Trie, write_sequences
 from rporec.engine.types import GenerationAborted, ItemSpec, SamplingSpec
+from rporec.engine.vllm_search import VllmSearch
+from rporec.engine.vllm_start import CPU_BLOCK_SIZE
 from rporec.models.backbone import load_model, load_tokenizer
 
 pytestmark = pytest.mark.engine
@@ -79,6 +81,21 @@ def test_few_beams_are_those_of_exact_scores_whatever_else_the_engine_writes(vll
         for one, other in zip(some, others, strict=True):
             assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
     assert len(beside.result(60)) == 4
+
+
+def test_behind_the_first_question_a_prompt_comes_from_the_cache(vllm_engine, trie, monkeypatch):
+    prompt = np.random.default_rng(1).integers(5, 250, 100).tolist()  # no other test's
+    cached: list[int] = []
+
+    def answered(self, answer, output, request, original=VllmSearch._answered):
+        cached.append(output.num_cached_tokens)
+        return original(self, answer, output, request)
+
+    monkeypatch.setattr(VllmSearch, "_answered", answered)
+    found(vllm_engine, [prompt], [ItemSpec(trie, 8)])
+    assert cached[0] == 0
+    assert len(cached) > 8
+    assert set(cached[2:]) == {100 // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE}  # a wide root is asked in two parts
 
 
 def test_drawn_items_are_those_of_exact_scores(vllm_engine, exact, trie):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from rporec.evaluation.bootstrap import bootstrap_mean
-from rporec.evaluation.cold import cold_items, held_rows
+from rporec.evaluation.cold import cold_items, held_rows, popularity_strata
 from rporec.evaluation.ranking import hit, ndcg
 from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, write_metrics
 from rporec.evaluation.terminal import print_table
@@ -120,6 +120,21 @@ def test_targets_that_training_never_showed_have_a_table_of_their_own(world):
     assert part["cold"]["samples"] == 1
     assert part["cold"]["methods"]["ease"]["ndcg@10"] == 0.5
     assert metrics(table, {}, "test", [0], "all", cold=())["conventions"]["all"]["cold"]["methods"] == {}
+
+
+def test_strata_hold_a_fifth_of_what_train_shows_at_either_end():
+    items = np.array([3, 1, 3, 3, 1, 0, 3, 2, 1, 3, 4], dtype=np.int32)  # 4 alone comes after train's last sample
+    world = World(
+        user_ids=["ann"],
+        offsets=np.array([0, 11]),
+        items=items,
+        sample_row=np.array([9, 10]),
+        sample_user=np.array([0, 0], dtype=np.int32),
+        sample_split=np.array([1, 3], dtype=np.int8),
+    )
+    # Shares of train: 3 has .5, 1 has .3, the others .1 each; an item belongs where its share begins.
+    assert popularity_strata(world) == {"head": {"i3"}, "middle": {"i1"}, "tail": {"i0", "i2"}}
+    assert popularity_strata(world, share=0.5) == {"head": {"i3"}, "middle": set(), "tail": {"i0", "i1", "i2"}}
 
 
 def test_a_method_can_be_dropped_and_evaluated_again(world):

@@ -91,6 +91,18 @@ def test_a_recommender_that_rewards_and_ranks_nothing_is_not_refitted(run) -> No
     assert all(torch.equal(value, saved[key]) for key, value in expected.state_dict().items())
 
 
+def test_what_a_recommender_says_of_beams_is_its_network_alone(run) -> None:
+    changes = ["recipe=rere", "max_staleness=0", "rere.collaborative=1", "head.fusion=residual"]
+    recipe = trained(run, *changes, name="recommender")
+    head, samples = RecHead.load(run.head("recommender"), recipe.dataset.catalog), recipe.slices.rl[:5]
+    inputs = head_inputs(recipe.dataset, samples, None)
+    with_experts = head.scores(inputs).numpy()
+    head.experts = None
+    network = head.scores(inputs).numpy()
+    assert not np.allclose(with_experts, network)
+    np.testing.assert_array_equal(recipe.judge().scores(samples), network)
+
+
 @pytest.mark.parametrize("refit", ["none", "train+valid"])
 def test_scalars_are_searched_as_far_from_validation_as_test_will_be(run, refit, monkeypatch) -> None:
     searched: list[Experts] = []
