@@ -266,6 +266,9 @@ def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     over = run.finished("stage2")
     # Of a training under way this is a look, not the stage.
     with run.stage("evaluate") if over else contextlib.nullcontext():
+        if run.finished("stage1"):  # what the config has come to ask for since
+            tested = [part for part in recipe.parts("stage1") if part.folder.name.startswith("test")]
+            _write_completions(job, recipe, run.warm_model, tested)
         if run.best_model.is_dir():
             _forget_earlier_best(run)
             # Heads are refreshed once it is over; until then the next best model would undo what was written for them.

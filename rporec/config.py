@@ -334,8 +334,8 @@ class Config(Section):
         return self.recipe != "rporec"
 
     @property
-    def conventions(self) -> tuple[Literal["exclude_history", "all"], ...]:
-        """Those that test is ranked in."""
+    def tested_conventions(self) -> tuple[Literal["exclude_history", "all"], ...]:
+        """Those that test is ranked in, see `rporec.evaluation.table`."""
         return ("exclude_history", "all") if self.evaluate.conventions == "both" else (self.data.headline,)
 
     @property

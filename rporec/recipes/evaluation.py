@@ -1,4 +1,4 @@
-"""One table for all methods: same samples, same ranking function, both conventions."""
+"""One table for all methods: same samples, same ranking function, same conventions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def evaluate(
     processes: that may train baselines at once.
     """
     recipe, store = load_recipe(run, config), baseline_store(run, config, progress)
-    ranked = rank(recipe.dataset, methods(recipe, run, store, ablations, processes), progress, config.conventions)
+    ranked = rank(
+        recipe.dataset, methods(recipe, run, store, ablations, processes), progress, config.tested_conventions
+    )
     ranked.table.write(run.folder / "ranks.parquet")
     summary = summarize(recipe.dataset, config, ranked)
     summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
@@ -76,7 +78,8 @@ def summarize(dataset: Dataset, config: Config, ranked: Ranked) -> dict[str, Any
     """What metrics.json says of these ranks and lists."""
     vote = f"vote{config.eval_samples}"
     own = [(f"rporec_stage2_{vote}", f"rporec_stage1_{vote}")]
-    own += [(f"{trained_writer(config)}{beams}", f"rere_sft{beams}") for beams in beams_of_test(config).values()]
+    if config.writes_items:
+        own += [(f"{trained_writer(config)}{beams}", f"rere_sft{beams}") for beams in beams_of_test(config).values()]
     summary = metrics(
         ranked.table,
         {"path": str(dataset.root), **dataset.manifest["counts"], **dataset.manifest["settings"]},

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -123,18 +124,13 @@ class ReRe(BaseRecipe):
         return [Pair(sample, prompt, self.tokens[target]) for sample, prompt, target in chosen]
 
     def parts(self, stage: str) -> list[Part]:
-        """Beams for test, once for each convention: what is removed must not take a beam."""
-        test, forbidden = self.evaluated("test"), {"exclude_history": self.forbidden}
-        return [
-            Part(
-                self.run.completions(stage, f"test_{convention}{suffix}"),
-                test,
-                ItemSpec(self._trie, beams),
-                forbidden.get(convention),
-            )
-            for beams, suffix in beams_of_test(self.config).items()
-            for convention in self.config.conventions
-        ]
+        """Beams for test, anew for each convention: what is removed must not take a beam."""
+        test, parts = self.evaluated("test"), []
+        for (beams, suffix), convention in product(beams_of_test(self.config).items(), self.config.tested_conventions):
+            folder = self.run.completions(stage, f"test_{convention}{suffix}")
+            forbidden = self.forbidden if convention == "exclude_history" else None
+            parts.append(Part(folder, test, ItemSpec(self._trie, beams), forbidden))
+        return parts
 
     # --- how they are rewarded ---------------------------------------------------------------
     def judge(self) -> ItemJudge:

@@ -31,7 +31,7 @@ recipe: rere
 data: {window: 6, synthetic: {users: 160, series: 20, volumes: 4, genres: 4, studios: 6, length: 8}}
 tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 420, context: 96}
 warmup: {steps: 120, batch_size: 16, lr: 6e-3}
-rere: {eval_beams: 12, more_beams: [16]}
+rere: {eval_beams: 12}
 max_staleness: 0
 groups_per_step: 6
 group_size: 8
@@ -46,8 +46,11 @@ rl: {lr: 1e-3, top_entropy: 1.0, kl: 0.05, schedule: cosine, grad_clip: 0.3, val
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     work = tmp_path_factory.mktemp("rere")
     (work / "config.yaml").write_text(CONFIG)
-    result = rporec("train", str(work / "config.yaml"), "--run", str(work / "run"))
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    command = ("train", str(work / "config.yaml"), "--run", str(work / "run"))
+    # More beams may be asked for once all is trained.
+    for more in (("--stages", "data,warmup,stage1,stage2"), ("--resume", "rere.more_beams=[16]")):
+        result = rporec(*command, *more)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return Run.open(work / "run")
 
 
