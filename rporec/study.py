@@ -243,6 +243,7 @@ def markdown(out: Path) -> str:
                 columns["all"] = _of(figures[study[0].name], SUMMED[0])
                 parts.append(f"### {study[0].name} by seed")
                 parts += [_table(SUMMED[0], paired, columns) for paired in (False, True)]
+            parts += [f"### {study[0].name} beside accuracy", _beside(study)]
     return "\n\n".join(parts)
 
 
@@ -282,6 +283,24 @@ def _table(metric: str, paired: bool, columns: dict[str, dict[str, Interval]]) -
     for key in rows:
         cells = [_cell(found[key], paired) if key in found else "–" for found in columns.values()]
         lines.append(f"| {' | '.join([key.replace('-', ' − '), *cells])} |")
+    return "\n".join(lines)
+
+
+def _beside(study: Sequence[Result]) -> str:
+    """NDCG@10 by kind of target (how many), and what the best ten are like: mean over seeds (least–greatest)."""
+    kinds = {"cold": [one.table["cold"] for one in study]}
+    kinds |= {name: [one.table["by_popularity"][name] for one in study] for name in study[0].table["by_popularity"]}
+    columns = {f"{kind} ({tables[0]['samples']:,})": (SUMMED[0], tables) for kind, tables in kinds.items()}
+    columns |= {name: (name, [one.table for one in study]) for name in ("coverage@10", "diversity@10")}
+    lines = [f"| {' | '.join([SUMMED[0].upper(), *columns])} |", f"| {' | '.join(['---'] * (len(columns) + 1))} |"]
+    for method in in_order(study[0].table["methods"]):
+        cells = []
+        for metric, tables in columns.values():
+            found = [value for table in tables if (value := table["methods"].get(method, {}).get(metric)) is not None]
+            mean = sum(found) / len(found) if found else 0
+            spread = f" ({_figure(min(found), False)}–{_figure(max(found), False)})" if len(found) > 1 else ""
+            cells.append(f"{_figure(mean, False)}{spread}" if found else "–")
+        lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines)
 
 

@@ -86,6 +86,8 @@ def test_the_tables_have_a_row_a_method_and_a_column_a_study_or_seed(tmp_path):
         "| NDCG@10 | seed 0 | seed 1 | all |",
         "| rporec_stage2 | 1.0000 [1.0000, 1.0000] | .5000 [.5000, .5000] | .7500 [.7500, .7500] |",
         "| rporec_stage2 − popularity | +.7500 [+.7500, +.7500] |",
+        f"| NDCG@10 | cold ({len(USERS)}) | head ({len(USERS)}) | coverage@10 | diversity@10 |",
+        "| rporec_stage2 | .7500 (.5000–1.0000) | .7500 (.5000–1.0000) | – | – |",
     ):
         assert line in said
     assert said.index("| popularity | .0000 [.0000, .0000] |") < said.index("| rporec_stage2 | .7500 [.7500, .7500] |")
@@ -137,7 +139,8 @@ def test_one_seed_alone_may_have_the_control_and_more_beams(tmp_path):
     )
     result(tmp_path, config(1), both)
     told = markdown(tmp_path / "study")
-    means, seeds = told.split("by seed")
+    means, rest = told.split("by seed")
+    seeds, _ = rest.split("beside accuracy")
     assert "stage2" in means
     assert "moresft" not in means
     [row] = [line for line in seeds.splitlines() if line.startswith("| rporec_stage1_moresft |")]
