@@ -76,6 +76,8 @@ def reinforce(job: Job) -> None:
             (run.folder / "run.json").unlink(missing_ok=True)
         status = read_json(run.folder / "status.json")
         notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
+        notes["validation"] = {record["version"]: record["ndcg@10"] for record in read_lines(run.validation)}
+        notes["reward"] = [record["reward_mean"] for record in read_lines(run.steps)]
 
 
 def _train(job: Job, controller: Any) -> None:

@@ -220,15 +220,15 @@ def train_head_stage(job: Job) -> None:
         _write_completions(job, recipe, run.warm_model, recipe.parts("stage1"))
         if recipe.heads:
             notes["samples"] = len(recipe.slices.head)
-            notes["validation"] = _train_heads(job, "head", "stage1", recipe.heads)
+            notes |= _train_heads(job, "head", "stage1", recipe.heads)
 
 
 def _train_heads(
     job: Job, name: str, stage: str, heads: dict[str, str], slices: tuple[str, ...] = ("head",)
-) -> dict[str, float]:
+) -> dict[str, dict[str, Any]]:
     """Train `{folder: "text" | "blank"}` on what the LLM of `stage` wrote for `slices`, with `RUN/NAME.jsonl` as log.
 
-    Returns validation NDCG@10 of each.
+    Returns by head its NDCG@10 on validation, and the scalars that were searched there.
     """
     log = job.run.folder / f"{name}.jsonl"
     log.unlink(missing_ok=True)
@@ -243,7 +243,11 @@ def _train_heads(
 
         job.fit(head_loop, spec, name, job.config.head.workers, watch)
         watch()
-    return {record["head"]: record["valid_ndcg@10"] for record in read_lines(log) if "valid_ndcg@10" in record}
+    chosen = [record for record in read_lines(log) if "valid_ndcg@10" in record]
+    return {
+        "validation": {record["head"]: record["valid_ndcg@10"] for record in chosen},
+        "weights": {record["head"]: record["weights"] for record in chosen},
+    }
 
 
 def _write_completions(job: Job, recipe: StagedRecipe, model: Path, parts: list[Part]) -> None:

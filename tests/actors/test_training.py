@@ -44,6 +44,12 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
         assert low <= entry["ndcg@10"] <= high
     assert "rporec_stage2_sampled-rporec_stage1_sampled" in summary["conventions"][summary["headline"]]["paired"]
     assert "rechead_history" in trained.output
+    stages = read_json(trained.folder / "stages.json")
+    assert stages["stage1"]["validation"].keys() == stages["stage1"]["weights"].keys() == {"head", "head_history"}
+    assert stages["stage2"]["validation"].keys() == {
+        str(one["version"]) for one in read_lines(trained.folder / "validation.jsonl")
+    }
+    assert len(stages["stage2"]["reward"]) == 6
 
 
 def test_refreshed_heads_have_the_rl_slice_too_and_differ_in_what_their_llm_wrote(trained: Watched) -> None:
