@@ -37,6 +37,7 @@ from rporec.report.live import progress
 from rporec.run import Run
 from rporec.text.completion_store import Part
 
+LOOKED_AT = 512  # validation samples whose prompts are looked at before training
 ENDPOINT_SHARD = 64  # rationales that an interruption of an endpoint's teacher may lose at most, were it a crash
 
 
@@ -89,11 +90,29 @@ def warm_up(job: Job) -> None:
         notes["samples"] = {name: len(getattr(recipe.slices, name)) for name in ("warmup", "head", "rl")}
         counts = ", ".join(f"{count:,} for {name}" for name, count in notes["samples"].items() if count)
         job.console.print(f"samples: {counts}")
+        if notice := _left_out(recipe):
+            job.console.print(notice, soft_wrap=True)
         if config.warmup.steps == 0:
             return
         if isinstance(recipe, RPORec):
             _teach(job, recipe)
         notes |= _supervise(job, "warmup", config.warmup.steps)
+
+
+def _left_out(recipe: StagedRecipe) -> str | None:
+    """What prompts leave out of histories, if anything: no figure but the last would tell."""
+    writer, dataset, samples = recipe.writer, recipe.dataset, recipe.evaluated("valid")[:LOOKED_AT]
+    before = writer.dropped
+    recipe.prompts(samples)
+    dropped = writer.dropped - before
+    if not dropped:
+        return None
+    shown = sum(len(writer.items.visible(dataset.history(int(sample)))) for sample in samples)
+    knob = "tiny.context" if writer.tiny else "engine.args.max_model_len"
+    return (
+        f"prompts: {dropped / shown:.0%} of the items of histories do not fit, the oldest are left out; raise {knob} "
+        f"({writer.budget + writer.reserve} tokens, {writer.reserve} of them for the completion) to show them"
+    )
 
 
 def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:

@@ -137,18 +137,21 @@ class ItemWriter:
 class ChatPrompt:
     """Fits "head, numbered lines, tail" into a token budget, as one user turn where the tokenizer has turns.
 
-    budget: tokens. Raises ConfigError if not even the text without lines fits.
+    budget: tokens. dropped: lines of all texts so far that did not fit. Raises ConfigError if not even the
+    text without lines fits.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, budget: int) -> None:
         self.tokenizer = tokenizer
         self.budget = budget
+        self.dropped = 0
         special = sorted(filter(None, tokenizer.all_special_tokens), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, special))) if special else None
         self._tokens: dict[str, int] = {}
 
     def ids(self, head: str, lines: Sequence[str], tail: str) -> list[int]:
         """Token ids; the oldest lines are dropped until the rest fits."""
+        offered = len(lines)
         lines = [self._special.sub(" ", line) for line in lines] if self._special else list(lines)
         # The sum over single lines is a close guess, the encoding of the whole decides.
         spare = self.budget - sum(self._count(line) for line in lines)
@@ -158,6 +161,7 @@ class ChatPrompt:
             numbered = [f"{number}. {line}" for number, line in enumerate(lines, 1)]
             ids = self._encode("\n".join(filter(None, [head, *numbered, tail])))
             if len(ids) <= self.budget:
+                self.dropped += offered - len(lines)
                 return ids
             if not lines:
                 raise ConfigError(
@@ -235,7 +239,13 @@ class PromptWriter:
             if spare < 0:
                 break
             chunks.append(ids)
+        self._chat.dropped += len(shown) - len(chunks[1:])
         return [token for chunk in reversed(chunks) for token in chunk]
+
+    @property
+    def dropped(self) -> int:
+        """How many items of all histories so far did not fit."""
+        return self._chat.dropped
 
     def prompts(self, samples: Iterable[int]) -> list[list[int]]:
         """`prompt_ids` of samples; needs a writer that was made from a data set."""

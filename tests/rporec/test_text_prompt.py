@@ -93,8 +93,10 @@ def test_a_tiny_prompt_ends_in_the_newest_item_and_the_marker_and_encodes_like_i
 def test_oldest_items_are_dropped_until_prompt_and_reserve_fit(books, tokenizer):
     history = [0, 1, 2] * 20
     for context in (64, 90, 200):
-        ids = PromptWriter(books, TextConfig(), tokenizer, True, context, 30).prompt_ids(history)
+        writer = PromptWriter(books, TextConfig(), tokenizer, True, context, 30)
+        ids = writer.prompt_ids(history)
         assert len(ids) <= context - 30
+        assert writer.dropped == 60 - tokenizer.decode(ids).count("|") > 0
         assert tokenizer.decode(ids).endswith("| Zarnak 2 ; Drama ; Ash Co | Kor 1 ; Crime, Noir ; Elm" + MARKER)
     assert tokenizer.decode(
         PromptWriter(books, TextConfig(prompt_items=1), tokenizer, True, 200, 30).prompt_ids(history)
@@ -120,7 +122,9 @@ def test_a_large_prompt_numbers_the_history_and_uses_the_chat_template(books, te
     assert text.startswith("[user]") == text.endswith("[assistant]") == (template is not None)
 
     fixed = len(long.prompt_ids([]))
-    tight = PromptWriter(books, TextConfig(), tokenizer, False, fixed + 64 + 120, 64).prompt_ids([2] * 9 + [0])
+    writer = PromptWriter(books, TextConfig(), tokenizer, False, fixed + 64 + 120, 64)
+    tight = writer.prompt_ids([2] * 9 + [0])
+    assert (long.dropped, writer.dropped) == (0, 8)
     assert len(tight) <= fixed + 120
     assert "\n1. Kor 1" in tokenizer.decode(tight)
     assert "\n2. Zarnak 1" in tokenizer.decode(tight)
