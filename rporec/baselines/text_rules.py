@@ -1,6 +1,7 @@
-"""The cheap blend: the RecHead's experts, weighed by its search, without its networks.
+"""The cheap blend: the RecHead's experts, weighed by its search, without its networks; and the same with the reranker.
 
-The reference that a method has to beat before its reasoning means anything.
+The first is the reference that a method has to beat before its reasoning means anything, the second tells what of
+a head's lead is its reranker's.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Blend:
     def paths(
         self, dataset: Dataset, samples: np.ndarray, validation: Validation, seed: int
     ) -> Iterator[Iterator[tuple[Parameters, Baseline]]]:
-        experts = Experts.fit(dataset, rows_of(dataset, samples))
+        experts = self._experts(dataset, samples, seed)
         asked = validation.samples
         weights: dict[str, float] = {}
         if len(asked):
@@ -56,13 +57,26 @@ class Blend:
         yield iter([({"weights": weights}, TextRules(experts, weights))])
 
     def fit(self, dataset: Dataset, samples: np.ndarray, parameters: Parameters, seed: int) -> TextRules:
-        return TextRules(Experts.fit(dataset, rows_of(dataset, samples)), parameters["weights"])
+        return TextRules(self._experts(dataset, samples, seed), parameters["weights"])
+
+    def _experts(self, dataset: Dataset, samples: np.ndarray, seed: int) -> Experts:
+        return Experts.fit(dataset, rows_of(dataset, samples))
 
     def restore(self, dataset: Dataset, arrays: Mapping[str, np.ndarray], parameters: Parameters) -> TextRules:
         half_lives = {
             name.removeprefix(HALF_LIFE): float(value) for name, value in arrays.items() if name.startswith(HALF_LIFE)
         }
         return TextRules(Experts.from_arrays(arrays, half_lives), parameters["weights"])
+
+
+class RerankedBlend(Blend):
+    """With one expert more: the reranker, which reads what the others say."""
+
+    name: ClassVar[str] = "text_rules_reranked"
+    random: ClassVar[bool] = True
+
+    def _experts(self, dataset: Dataset, samples: np.ndarray, seed: int) -> Experts:
+        return super()._experts(dataset, samples, seed).stacked(dataset, samples, seed=seed)
 
 
 def _inputs(dataset: Dataset, samples: np.ndarray) -> HeadInputs:

@@ -24,6 +24,7 @@ from rporec.data import Dataset, build
 from rporec.data.slices import tuning_samples
 from rporec.data.synthetic import write_synthetic
 from rporec.evaluation.cold import held_rows
+from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 
 DAY = 86_400
@@ -35,6 +36,7 @@ PARAMETERS = {
     "rules": {"lags": 3, "shrinkage": 5.0, "recent": 3},
     "text_knn": {"itself": True, "recent": 2},
     "text_rules": {"weights": {"rules": 0.5, "rules_linear": 1.0, "text_newest": 0.2, "popularity": 0.1}},
+    "text_rules_reranked": {"weights": {"rules": 0.5, "popularity": 0.1, "reranked": 1.0}},
     "gru4rec": {"dropout": 0.2, "lr": 3e-3, "epochs": 1},
     "sasrec": {"dropout": 0.2, "lr": 3e-3, "epochs": 1},
 }
@@ -150,6 +152,16 @@ def test_the_blend_is_the_weighted_sum_of_its_components(world, validation):
     found = tune(Blend(), world, world.split("train"), validation)
     alone = max(tune(one, world, world.split("train"), validation).ndcg for one in (Rules(), TextKNN(), Recent()))
     assert found.ndcg >= alone - 0.01
+
+
+def test_the_reranked_blend_has_the_reranker_that_a_head_would_have(world):
+    train, test = world.split("train"), world.split("test")[:20]
+    model = families()["text_rules_reranked"].fit(world, train, PARAMETERS["text_rules_reranked"], 3)
+    experts = Experts.fit(world, held_rows(world)).stacked(world, train, seed=3)
+    inputs = HeadInputs.without_text([world.seen(int(sample)) for sample in test], world.times(test))
+    parts = experts.features(inputs)
+    expected = 0.5 * parts["rules"] + 0.1 * parts["popularity"] + parts["reranked"]
+    assert np.allclose(model.scores(world, test), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("network", [GRU4Rec(), SASRec()], ids=lambda one: one.name)
