@@ -51,8 +51,9 @@ class Blend:
         asked = validation.samples
         weights: dict[str, float] = {}
         if len(asked):
-            chunks = [experts.features(_inputs(dataset, asked[at : at + CHUNK])) for at in range(0, len(asked), CHUNK)]
-            parts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in experts.names}
+            chunked = (_inputs(dataset, asked[at : at + CHUNK]) for at in range(0, len(asked), CHUNK))
+            chunks = [experts.features(inputs, experts.joined) for inputs in chunked]
+            parts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in experts.joined}
             weights, _ = search_weights(parts, dataset.targets(asked), validation.exclude(asked))
         yield iter([({"weights": weights}, TextRules(experts, weights))])
 

@@ -57,6 +57,14 @@ class Experts:
         counted = ("rules", "rules_linear", "text_knn", "text_newest", *self.half_lives, "in_history", "last_item")
         return (*counted, "reranked") if self.reranker else counted
 
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """Those that a search is to weigh: all, or the reranker alone, which has read the others.
+
+        Weighed beside it they fit the window that is searched on, and cost more on the next than they gain.
+        """
+        return ("reranked",) if self.reranker else self.names
+
     @classmethod
     def fit(cls, dataset: Dataset, rows: np.ndarray) -> Experts:
         """rows: positions in `dataset.items` that may be used, ascending (see `rows_of`)."""
@@ -86,11 +94,12 @@ class Experts:
             len(dataset.catalog),
         )
 
-    def features(self, inputs: HeadInputs) -> dict[str, np.ndarray]:
-        """What each expert says: name -> float32 [B, N], from 0 to 1, 1 the most."""
-        sparse = self.sparse(inputs, self.names)
-        shared, which = self.shared(inputs.time)
-        return {name: shared[name][which] if name in shared else sparse[name].toarray() for name in self.names}
+    def features(self, inputs: HeadInputs, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
+        """What experts say, `names` or all of them: name -> float32 [B, N], from 0 to 1, 1 the most."""
+        names = self.names if names is None else names
+        sparse = self.sparse(inputs, names)
+        shared, which = self.shared(inputs.time, names)
+        return {name: shared[name][which] if name in shared else sparse[name].toarray() for name in names}
 
     def weigh(self, inputs: HeadInputs, weights: Mapping[str, float]) -> WeightedExperts:
         """Their sum, each times its weight (missing: 0)."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rporec.models.rechead import Encoded, RecHead
 
 VALIDATION_ROWS = 2000  # ranked after each epoch, evenly spread over the validation samples
-SEARCH_ROWS = 3000  # ranked in the search for the scalars
+SEARCH_ROWS = 2000  # ranked in the search for the scalars: as many as a baseline is chosen on
 SCALE_LR = 10.0  # the text's one scalar learns faster: its vectors get no gradient while it is near 0
 
 

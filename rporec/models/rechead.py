@@ -259,11 +259,11 @@ class RecHead(nn.Module):
 
     @torch.no_grad()
     def components(self, inputs: HeadInputs) -> dict[str, np.ndarray]:
-        """The parts of the score, name -> float32 [B, N]: `fused` (paper) or `history` and `text`
-        (residual), then one entry per expert."""
+        """The parts of the score that have a scalar, name -> float32 [B, N]: `fused` (paper) or `history` and
+        `text` (residual), then one entry per expert, or the reranker's alone."""
         return {
             **self.network_components(self.encode(inputs)),
-            **(self.experts.features(inputs) if self.experts else {}),
+            **(self.experts.features(inputs, self.experts.joined) if self.experts else {}),
         }
 
     @torch.no_grad()

@@ -9,12 +9,13 @@ import pyarrow as pa
 import pytest
 from test_experts import dataset
 
-from rporec.config import ConfigError
+from rporec.config import ConfigError, HeadConfig
 from rporec.data import Catalog, Dataset
 from rporec.evaluation.cold import rows_of
 from rporec.models import reranker
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
+from rporec.models.rechead import RecHead
 from rporec.models.reranker import Reranker, candidates
 
 ITEMS = 30
@@ -80,6 +81,14 @@ def test_it_is_one_expert_more_and_changes_no_other(data: Dataset, stacked: Expe
     weights = {"reranked": 2.0, "rules": 0.5, "popularity": 0.25}
     total = sum(np.float32(weight) * parts[name] for name, weight in weights.items())
     assert np.allclose(stacked.weigh(inputs, weights).scores(), total, atol=1e-6)
+
+
+def test_a_head_weighs_it_in_the_place_of_the_experts_that_it_has_read(data: Dataset, stacked: Experts) -> None:
+    config = HeadConfig(fusion="residual", history="sequence", dim=16, layers=1, heads=2)
+    head, inputs = RecHead(data.catalog, config, window=4, experts=stacked), asked(data)
+    assert set(head.components(inputs)) == {"history", "text", "reranked"}, "what a search gives scalars to"
+    head.weights = {"history": 0.0, "text": 0.0, "rules": 2.0}  # of a search that weighed all
+    assert np.allclose(head.scores(inputs).numpy(), 2 * stacked.features(inputs, ["rules"])["rules"], atol=1e-6)
 
 
 def test_what_comes_in_alone_is_ranked_as_in_a_batch(data: Dataset, stacked: Experts) -> None:
