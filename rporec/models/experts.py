@@ -35,6 +35,7 @@ RERANKER = "reranker."  # prefix of its parameters' names among the arrays
 GRID = (0.0, *(2.0**power for power in range(-5, 6)))
 REFINE = (0.5, 0.7, 0.85, 1.2, 1.4)  # of the present scalar, tried beside the grid
 CANDIDATES = 40  # best items of each component per sample that the search ranks
+HAIR = 1e-4  # of the scalar of the reranker, to which a thousandth of a nat is worth as much
 ABSENT = -1e9  # score of a candidate slot that a row does not need
 
 
@@ -93,6 +94,11 @@ class Experts:
             {name: max(float(np.quantile(age, share)), 1.0) for name, share in FRESH_SHARES.items()},
             len(dataset.catalog),
         )
+
+    def whole(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The scalars of a search, and a hair of popularity beside a reranker: it is silent beyond its candidates,
+        where filters and long lists would else meet nothing but ties."""
+        return {**weights, "popularity": HAIR * weights["reranked"]} if self.reranker else dict(weights)
 
     def features(self, inputs: HeadInputs, names: Sequence[str] | None = None) -> dict[str, np.ndarray]:
         """What experts say, `names` or all of them: name -> float32 [B, N], from 0 to 1, 1 the most."""

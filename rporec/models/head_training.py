@@ -107,7 +107,8 @@ def fit_weights(
     exclude = inputs.seen if exclude_history else None
     if head.experts is None:
         return float(ndcg(ranks(head.scores(inputs).numpy(), targets, exclude), 10).mean())
-    head.weights, value = search_weights(head.components(inputs), targets, exclude)
+    weights, value = search_weights(head.components(inputs), targets, exclude)
+    head.weights = head.experts.whole(weights)
     return value
 
 
