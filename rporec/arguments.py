@@ -122,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(commands, "evaluate", "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="of evaluate. and rere.: rere.more_beams=[50]"
+    )
+    evaluate.add_argument(
         "--ablations",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rporec.arguments import BENCHMARKS, parse
 from rporec.config import Config, ConfigError, load_config, override
-from rporec.run import STAGES, Run
+from rporec.run import STAGES, Run, contradiction
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,7 +199,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
     run.require("data", "evaluate")
     changes = [] if options.baselines is None else [f"evaluate.baselines={json.dumps(options.baselines)}"]
-    config = override(run.config(), changes)
+    config = override(run.config(), [*options.overrides, *changes])
+    if key := contradiction(run.config(), config):
+        raise ConfigError(f"{run.folder}: evaluate takes no other {key} than the run's, which shaped what it learned")
     importlib.import_module("actors.launch").evaluate(
         run, config, ablations=options.ablations, address=_address(options), console=_console()
     )

@@ -185,7 +185,8 @@ def _interval(entry: dict[str, Any], metric: str, interval: str | None = None, s
 def _use(head: RecHead) -> str:
     dim, experts = head.config.dim, ""
     if head.experts:
-        experts = " `head.scores` adds experts: transition rules, text neighbours, popularity."
+        read = ", as a reranker reads them" if head.experts.reranker else ""
+        experts = f" `head.scores` adds experts: transition rules, text neighbours, popularity{read}."
     if head.config.fusion == "paper":
         tensors = f"`full` [N, {dim}] and `bias` [N]"
         formula = "`q · full + bias`, with `q` from history, thought and answer"

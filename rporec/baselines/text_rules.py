@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from rporec.baselines.family import CHUNK, Baseline, Parameters, Validation
+from rporec.config import ConfigError
 from rporec.evaluation.cold import rows_of
 from rporec.models.experts import Experts, search_weights
 from rporec.models.head_inputs import HeadInputs
@@ -47,15 +48,20 @@ class Blend:
     def paths(
         self, dataset: Dataset, samples: np.ndarray, validation: Validation, seed: int
     ) -> Iterator[Iterator[tuple[Parameters, Baseline]]]:
-        experts = self._experts(dataset, samples, seed)
-        asked = validation.samples
+        yield self._searched(dataset, samples, validation, seed)
+
+    def _searched(
+        self, dataset: Dataset, samples: np.ndarray, validation: Validation, seed: int
+    ) -> Iterator[tuple[Parameters, Baseline]]:
+        experts, asked = self._experts(dataset, samples, seed), validation.samples
         weights: dict[str, float] = {}
         if len(asked):
             chunked = (_inputs(dataset, asked[at : at + CHUNK]) for at in range(0, len(asked), CHUNK))
             chunks = [experts.features(inputs, experts.joined) for inputs in chunked]
             parts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in experts.joined}
             weights, _ = search_weights(parts, dataset.targets(asked), validation.exclude(asked))
-        yield iter([({"weights": weights}, TextRules(experts, weights))])
+            weights = experts.whole(weights)
+        yield {"weights": weights}, TextRules(experts, weights)
 
     def fit(self, dataset: Dataset, samples: np.ndarray, parameters: Parameters, seed: int) -> TextRules:
         return TextRules(self._experts(dataset, samples, seed), parameters["weights"])
@@ -71,13 +77,17 @@ class Blend:
 
 
 class RerankedBlend(Blend):
-    """With one expert more: the reranker, which reads what the others say."""
+    """The reranker in their place, which reads what they say; the blend itself where there is too little to learn from."""
 
     name: ClassVar[str] = "text_rules_reranked"
     random: ClassVar[bool] = True
 
     def _experts(self, dataset: Dataset, samples: np.ndarray, seed: int) -> Experts:
-        return super()._experts(dataset, samples, seed).stacked(dataset, samples, seed=seed)
+        experts = super()._experts(dataset, samples, seed)
+        try:
+            return experts.stacked(dataset, samples, seed=seed)
+        except ConfigError:
+            return experts
 
 
 def _inputs(dataset: Dataset, samples: np.ndarray) -> HeadInputs:

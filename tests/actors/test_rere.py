@@ -46,10 +46,10 @@ rl: {lr: 1e-3, top_entropy: 1.0, kl: 0.05, schedule: cosine, grad_clip: 0.3, val
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     work = tmp_path_factory.mktemp("rere")
     (work / "config.yaml").write_text(CONFIG)
-    command = ("train", str(work / "config.yaml"), "--run", str(work / "run"))
-    # More beams may be asked for once all is trained.
-    for more in (("--stages", "data,warmup,stage1,stage2"), ("--resume", "rere.more_beams=[16]")):
-        result = rporec(*command, *more)
+    train = ("train", str(work / "config.yaml"), "--run", str(work / "run"))
+    # More beams may be asked for once all is over.
+    for command in (train, ("evaluate", str(work / "run"), "rere.more_beams=[16]")):
+        result = rporec(*command)
         assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return Run.open(work / "run")
 

@@ -24,7 +24,7 @@ from rporec.data import Dataset, build
 from rporec.data.slices import tuning_samples
 from rporec.data.synthetic import write_synthetic
 from rporec.evaluation.cold import held_rows
-from rporec.models.experts import Experts
+from rporec.models.experts import HAIR, Experts
 from rporec.models.head_inputs import HeadInputs
 
 DAY = 86_400
@@ -162,6 +162,14 @@ def test_the_reranked_blend_has_the_reranker_that_a_head_would_have(world):
     parts = experts.features(inputs)
     expected = 0.5 * parts["rules"] + 0.1 * parts["popularity"] + parts["reranked"]
     assert np.allclose(model.scores(world, test), expected, atol=1e-5)
+
+
+def test_the_reranked_blend_weighs_the_reranker_alone_and_is_the_blend_where_it_cannot_learn(world, validation):
+    family, train = families()["text_rules_reranked"], world.split("train")
+    found = tune(family, world, train, validation).parameters["weights"]
+    assert found == {"reranked": 1.0, "popularity": HAIR}
+    few = train[:3]  # fewer than the parts that it learns from
+    assert tune(family, world, few, validation).parameters == tune(Blend(), world, few, validation).parameters
 
 
 @pytest.mark.parametrize("network", [GRU4Rec(), SASRec()], ids=lambda one: one.name)

@@ -91,6 +91,16 @@ def test_a_head_weighs_it_in_the_place_of_the_experts_that_it_has_read(data: Dat
     assert np.allclose(head.scores(inputs).numpy(), 2 * stacked.features(inputs, ["rules"])["rules"], atol=1e-6)
 
 
+def test_what_is_no_candidate_goes_by_popularity_behind_all_that_are(data: Dataset, stacked: Experts) -> None:
+    inputs = HeadInputs.without_text([np.array([], np.int32)], np.array([10**9]))
+    scores = stacked.weigh(inputs, stacked.whole({"history": 0.0, "reranked": 3.0})).scores()[0]
+    parts = {name: values[0] for name, values in stacked.features(inputs).items()}
+    beyond = np.flatnonzero(parts["reranked"] == 0)
+    assert 0 < len(beyond) < ITEMS
+    assert scores[beyond] == pytest.approx(3e-4 * parts["popularity"][beyond])
+    assert scores[parts["reranked"] > 0.01].min() > scores[beyond].max()
+
+
 def test_what_comes_in_alone_is_ranked_as_in_a_batch(data: Dataset, stacked: Experts) -> None:
     inputs = asked(data)
     together = stacked.features(inputs)["reranked"]

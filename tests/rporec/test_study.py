@@ -12,7 +12,7 @@ from rporec.config import Config, ConfigError, parse_config
 from rporec.evaluation.bootstrap import bootstrap_mean
 from rporec.evaluation.ranking import hit, ndcg
 from rporec.evaluation.table import RankTable, metrics, write_metrics
-from rporec.files import write_json
+from rporec.files import read_json, write_json
 from rporec.run import Run
 from rporec.study import Result, finished, markdown, pooled, study_name, write_result
 
@@ -78,8 +78,9 @@ def test_the_tables_have_a_row_a_method_and_a_column_a_study_or_seed(tmp_path):
         ranks = {"popularity": np.full(len(USERS), 30.0), "rporec_stage2": np.full(len(USERS), rank)}
         result(tmp_path, config(seed), ranks)
     said = markdown(tmp_path / "study").splitlines()
+    revision = read_json(tmp_path / "study" / "small-films-seed1.json")["revision"]
     for line in (
-        "rporec study small.yaml --seed 1",
+        f"rporec study small.yaml --seed 1  # {revision}",
         f"| small-films | 0, 1 | {len(USERS)} | 40 | nothing removed |",
         "| NDCG@10 | small-films |",
         "| rporec_stage2 | .7500 [.7500, .7500] |",
