@@ -302,7 +302,7 @@ def _beside(study: Sequence[Result]) -> str:
         for metric, tables in columns.values():
             found = [value for table in tables if (value := table["methods"].get(method, {}).get(metric)) is not None]
             mean = sum(found) / len(found) if found else 0
-            spread = f" ({_figure(min(found), False)}–{_figure(max(found), False)})" if len(found) > 1 else ""
+            spread = f" ({_figure(min(found), False)}–{_figure(max(found), False)})" if len({*found}) > 1 else ""
             spread += f", {len(found)} of {len(study)} seeds" if 0 < len(found) < len(study) else ""
             cells.append(f"{_figure(mean, False)}{spread}" if found else "–")
         lines.append(f"| {' | '.join([method, *cells])} |")

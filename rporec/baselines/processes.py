@@ -39,13 +39,12 @@ def processes(count: int, work: Work) -> Iterator[Executor]:
     try:
         yield pool
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():  # else they would finish what they have begun
             process.terminate()
-            process.join()
         raise
     finally:
-        pool.shutdown()
+        # The pool's thread joins them; were they joined here too, one of both would find them gone and not know it.
+        pool.shutdown(cancel_futures=True)
 
 
 _work: Work
