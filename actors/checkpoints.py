@@ -1,6 +1,8 @@
-"""Checkpoints of stage 2: the ranks write their part, the controller adds the rest and commits by rename.
+"""Checkpoints of everything that learners train: the ranks write their part, and what is whole counts by a rename.
 
 learner/, rng/     of the ranks: weights, optimiser and schedule; random states
+
+Under the controller, which then is the one who commits, also:
 controller.json    the ledger, and the hashes of the RecHead that scored
 groups.parquet     rows of the groups that wait to be consumed
 config.json        resolved config
@@ -10,9 +12,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -24,31 +26,79 @@ from rporec.run import Run, contradiction, read_config
 KEPT = 2  # the newest ones
 
 
-def partial(run: Run, step: int) -> Path:
+class Learns(Protocol):
+    """What has a checkpoint; all ranks call together."""
+
+    def save_checkpoint(self, folder: Path) -> None: ...
+
+    def load_checkpoint(self, folder: Path) -> None: ...
+
+
+def partial(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it counts."""
-    return run.checkpoints / f"step_{step}.tmp"
+    return folder / f"step_{step}.tmp"
 
 
-def begin(run: Run, step: int) -> None:
+def begin(folder: Path, step: int) -> None:
     """An empty folder for the parts of a checkpoint, also after a run that was killed while it wrote one."""
-    shutil.rmtree(partial(run, step), ignore_errors=True)
-    partial(run, step).mkdir(parents=True)
+    shutil.rmtree(partial(folder, step), ignore_errors=True)
+    partial(folder, step).mkdir(parents=True)
 
 
-def committed(run: Run) -> list[int]:
+def committed(folder: Path) -> list[int]:
     """Steps of the committed checkpoints, oldest first."""
-    names = [path.name for path in run.checkpoints.glob("step_*") if not path.name.endswith(".tmp")]
+    names = [path.name for path in folder.glob("step_*") if not path.name.endswith(".tmp")]
     return sorted(int(name.removeprefix("step_")) for name in names)
 
 
-def newest(run: Run) -> Path | None:
-    steps = committed(run)
-    return run.checkpoints / f"step_{steps[-1]}" if steps else None
+def newest(folder: Path) -> int | None:
+    """The step of the newest committed checkpoint, `folder/step_N`."""
+    return max(committed(folder), default=None)
+
+
+def commit(folder: Path, step: int) -> None:
+    """Make the checkpoint of `step` the newest; forget old ones, and halves of a run that was killed while it wrote."""
+    place = folder / f"step_{step}"
+    if place.exists():
+        shutil.rmtree(place)
+    os.replace(partial(folder, step), place)
+    for old in committed(folder)[:-KEPT]:
+        shutil.rmtree(folder / f"step_{old}")
+    for left in folder.glob("step_*.tmp"):
+        shutil.rmtree(left)
+
+
+# --- the ranks' part -------------------------------------------------------------------------
+def resume(folder: Path, learner: Learns) -> int:
+    """Load the newest checkpoint, if there is one; returns the steps behind it. All ranks call together."""
+    from rporec.models.trainable import from_rank_0
+
+    step = from_rank_0(newest(folder))  # a late commit may fall between two ranks' looks
+    if step is None:
+        return 0
+    learner.load_checkpoint(folder / f"step_{step}")
+    return step
+
+
+def save(folder: Path, step: int, learner: Learns, committing: Callable[[], None] | None = None) -> None:
+    """Every rank writes its part, then rank 0 commits: as `committing` does, or by itself. All ranks call together."""
+    import torch.distributed as dist
+
+    if dist.get_rank() == 0:
+        begin(folder, step)
+    dist.barrier()
+    learner.save_checkpoint(partial(folder, step))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        committing() if committing else commit(folder, step)
+
+
+# --- the controller's part -------------------------------------------------------------------
 
 
 def add_ledger(run: Run, config: Config, step: int, ledger: dict[str, Any], groups: Sequence[pa.RecordBatch]) -> None:
     """The controller's part: the ledger's snapshot, the rows of the groups whose ids it lists, what both rest on."""
-    folder = partial(run, step)
+    folder = partial(run.checkpoints, step)
     write_json(folder / "controller.json", {"step": step, "ledger": ledger, "head": _head_version(run)})
     write_groups(folder / "groups.parquet", groups)
     write_json(folder / "config.json", config.model_dump(mode="json"))
@@ -63,9 +113,10 @@ def read_ledger(folder: Path) -> tuple[int, dict[str, Any], dict[int, pa.RecordB
 
 def check(run: Run, config: Config) -> None:
     """ConfigError when the newest checkpoint cannot go on under `config`, or was scored by another RecHead."""
-    folder = newest(run)
-    if folder is None:
+    step = newest(run.checkpoints)
+    if step is None:
         return
+    folder = run.checkpoints / f"step_{step}"
     key = contradiction(read_config(folder / "config.json"), config)
     if key is not None:
         raise ConfigError(f"{folder}: made with another {key}; start a new run for that")
@@ -81,15 +132,3 @@ def check(run: Run, config: Config) -> None:
 def _head_version(run: Run) -> dict[str, str]:
     """Hash of each of the RecHead's files."""
     return {path.name: digest(path) for path in sorted(run.head().glob("*"))}
-
-
-def commit(run: Run, step: int) -> None:
-    """Make the checkpoint of `step` the newest; forget old ones, and halves of a run that was killed while it wrote."""
-    folder = run.checkpoints / f"step_{step}"
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(partial(run, step), folder)
-    for old in committed(run)[:-KEPT]:
-        shutil.rmtree(run.checkpoints / f"step_{old}")
-    for left in run.checkpoints.glob("step_*.tmp"):
-        shutil.rmtree(left)

@@ -246,7 +246,7 @@ class Controller:
         snapshot, payloads = await self.training.snapshot(step)
         await asyncio.to_thread(checkpoints.add_ledger, self.run, self.config, step, snapshot, payloads)
         self._check(attempt)  # not undone meanwhile
-        checkpoints.commit(self.run, step)
+        checkpoints.commit(self.run.checkpoints, step)
         self.ledger.committed(step)
         self.ranks.committed()
 

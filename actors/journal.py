@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter, deque
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.cluster import log_of, probable_cause
-from rporec.files import append_line, read_json, read_lines, replacing, write_json
+from rporec.files import append_line, cut_lines, read_json, write_json
 from rporec.report.tensorboard import Scalars
 from rporec.rl.rollout_schema import GroupMeta
 from rporec.run import Run
@@ -100,11 +99,9 @@ class Journal:
         self.notices.append({"time": time.time(), "message": message})
 
     def cut(self, step: int) -> None:
-        """Forget what was logged of steps that are undone: each step stands in the file once."""
+        """Forget what was logged of `step` and later ones."""
         for path in (self.run.steps, self.run.validation):
-            kept = [record for record in read_lines(path) if record["step"] < step]
-            with replacing(path) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            cut_lines(path, step)
 
     def status(self) -> dict[str, Any]:
         """What was last written; {} before the first time."""

@@ -24,7 +24,7 @@ from actors.cluster import Cluster
 from rporec.config import Config, ConfigError
 from rporec.data import DataError
 from rporec.engine.types import Version
-from rporec.files import append_line
+from rporec.files import append_line, cut_lines, read_lines
 from rporec.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -114,12 +114,13 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def warmup_loop(spec: dict[str, Any]) -> None:
-    """Supervised warm-up on the recipe's pairs: cross entropy over the completion tokens."""
+    """Supervised warm-up on the recipe's pairs: cross entropy over the completion tokens; from its newest checkpoint."""
     run, config = spec["run"], spec["config"]
     run.require_here()
     import torch
     import torch.distributed as dist
 
+    from actors import checkpoints
     from rporec.models.backbone import save_model
     from rporec.models.policy import token_logprobs
     from rporec.models.trainable import Trainable, all_sum
@@ -144,8 +145,14 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     )
     pad = recipe.writer.tokenizer.pad_token_id
     order = Shuffled(len(pairs), config.seed)
+    first = checkpoints.resume(spec["checkpoints"], policy)
+    order.take(first * warmup.batch_size)
+    before = {"seconds": 0.0, "cpu_seconds": 0.0}
+    if rank == 0:
+        cut_lines(spec["log"], first)
+        before |= (read_lines(spec["log"]) or [{}])[-1]
     began, cpu = time.monotonic(), time.process_time()
-    for step in range(steps):
+    for step in range(first, steps):
         rows = order.take(warmup.batch_size)
         mine = [pairs[row] for row in rows[rank::world]]
         groups = [GroupTokens(pair.prompt_ids, [np.asarray(pair.completion_ids)]) for pair in mine]
@@ -162,8 +169,11 @@ def warmup_loop(spec: dict[str, Any]) -> None:
         loss = all_sum(total).item()
         if rank == 0:
             spent = {"seconds": time.monotonic() - began, "cpu_seconds": (time.process_time() - cpu) * world}
+            spent = {key: before[key] + value for key, value in spent.items()}
             record = {"step": step, "steps": steps, "loss": loss, "lr": policy.lr, "tokens": tokens, **spent}
             append_line(spec["log"], record)
+        if (step + 1) % warmup.checkpoint_every == 0 and step + 1 < steps:
+            checkpoints.save(spec["checkpoints"], step + 1, policy)
     if rank == 0:
         save_model(policy.engine.module, recipe.writer.tokenizer, spec["out"])
 
@@ -218,11 +228,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     probes = load_recipe(run, config).probes
     if rank == 0:
         ray.get(controller.learner_starts.remote())
-    checkpoint = from_rank_0(checkpoints.newest(run))  # a late commit may fall between two ranks' looks
-    step = 0
-    if checkpoint is not None:
-        learner.load_checkpoint(checkpoint)
-        step = int(checkpoint.name.removeprefix("step_"))
+    step = checkpoints.resume(run.checkpoints, learner)
     me = rank, os.getpid(), ray.get_runtime_context().get_node_id()
     attempt = from_rank_0(ray.get(controller.attach.remote(*me, step)) if rank == 0 else None)
     if rank > 0:  # after rank 0 has rolled the ledger back
@@ -233,15 +239,9 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     sender = Sender(controller, attempt, 1 + engine_ranks(config.engine)) if sends else None
 
     def checkpoint_at(number: int) -> None:
-        """Every rank writes its part; the controller adds its own and commits."""
+        """The controller adds its own part and commits."""
         ray.get(stored)  # a committed version is one that can be validated
-        if rank == 0:
-            checkpoints.begin(run, number)
-        dist.barrier()
-        learner.save_checkpoint(checkpoints.partial(run, number))
-        dist.barrier()
-        if rank == 0:
-            ray.get(controller.commit.remote(number, attempt))
+        checkpoints.save(run.checkpoints, number, learner, lambda: ray.get(controller.commit.remote(number, attempt)))
 
     def publish(number: int) -> Version:
         """Copy the weights out; the next step waits neither for the store nor for the workers."""

@@ -8,18 +8,17 @@ from typing import Any
 from actors.job import Job
 from actors.learner import step_record
 from rporec.engine.types import Version
-from rporec.files import append_line, read_lines, write_json
+from rporec.files import append_line, cut_lines, read_lines, write_json
 from rporec.report.live import progress
 
 
 def prefer(job: Job) -> None:
-    """Train on chosen items and negatives; the last weights become `best/`. A run that was cut off begins it anew."""
+    """Train on chosen items and negatives, from the newest checkpoint; the last weights become `best/`."""
     run, config = job.run, job.config
     with run.stage("stage2") as notes:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"
             return
-        run.steps.unlink(missing_ok=True)
         with progress(config.preference.loss, total=config.steps, console=job.console) as bar:
 
             def watch() -> None:
@@ -41,6 +40,7 @@ def preference_loop(spec: dict[str, Any]) -> None:
     run.require_here()
     import torch.distributed as dist
 
+    from actors import checkpoints
     from rporec.models.backbone import save_model
     from rporec.recipes.preference import Preference
     from rporec.rl.learner import Clock
@@ -49,15 +49,21 @@ def preference_loop(spec: dict[str, Any]) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     recipe = Preference(run, config)
     learner = PreferenceLearner(run.warm_model, config, world=world, auxiliary=recipe.auxiliary())
+    first = checkpoints.resume(run.checkpoints, learner.policy)
     began = time.process_time()
-    for step in range(config.steps):
+    if rank == 0:
+        cut_lines(run.steps, first)
+        began -= sum(record["cpu_seconds"] for record in read_lines(run.steps)[-1:])
+    for step in range(first, config.steps):
         clock = Clock()
-        first = step * config.groups_per_step
-        groups = recipe.groups(range(first + rank, first + config.groups_per_step, world))
+        offset = step * config.groups_per_step
+        groups = recipe.groups(range(offset + rank, offset + config.groups_per_step, world))
         clock.lap("other")
         metrics = learner.step(groups)
         clock.lap("backward")
         if rank == 0:
             append_line(run.steps, step_record(step, Version(0, step), metrics, clock, began))
+        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            checkpoints.save(run.checkpoints, step + 1, learner.policy)
     if rank == 0:
         save_model(learner.policy.engine.module, recipe.writer.tokenizer, run.best_model)

@@ -336,8 +336,7 @@ async def learn(
     """One learner rank from the newest checkpoint to the end, as `actors.learner` runs it but for the learning."""
     loop, config, run = asyncio.get_running_loop(), controller.config, controller.run
     await controller.learner_starts()
-    newest = checkpoints.newest(run)
-    step = 0 if newest is None else int(newest.name.removeprefix("step_"))
+    step = checkpoints.newest(run.checkpoints) or 0
     attempt = await controller.attach(0, 0, "simulated", step)
     stored = asyncio.ensure_future(controller.store.put.remote(Version(attempt, step)))
     await stored
@@ -362,7 +361,7 @@ async def learn(
         step += 1
         if step % config.checkpoint_every == 0 or step == config.steps:
             await stored
-            checkpoints.begin(run, step)
+            checkpoints.begin(run.checkpoints, step)
             await controller.commit(step, attempt)
 
 

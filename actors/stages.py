@@ -118,9 +118,8 @@ def _left_out(recipe: StagedRecipe) -> str | None:
 def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
     """Train the backbone on the recipe's pairs into `RUN/name/model`; returns what it took."""
     log = job.run.folder / f"{name}.jsonl"
-    log.unlink(missing_ok=True)
-    out = job.run.folder / name / "model"
-    spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "out": out}
+    out, checkpoints = job.run.folder / name / "model", job.run.folder / name / "checkpoints"
+    spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "out": out, "checkpoints": checkpoints}
     with progress(name, console=job.console) as bar:
 
         def watch() -> None:
@@ -130,6 +129,7 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
 
         job.fit(warmup_loop, spec, name, job.config.learners, watch)
         watch()
+    shutil.rmtree(checkpoints, ignore_errors=True)  # large, and the model is whole
     last = read_lines(log)[-1]
     return {
         "steps": last["steps"],

@@ -112,14 +112,14 @@ class Training:
             "groups_per_step": self.config.groups_per_step,
             "max_tries": self.config.rl.max_tries,
         }
-        checkpoint, earlier = checkpoints.newest(self.run), self.journal.status()
+        newest, earlier = checkpoints.newest(self.run.checkpoints), self.journal.status()
         attempt = earlier.get("attempt", -1) + 1  # never one that was used, for late messages go by it
-        if checkpoint is None:
+        if newest is None:
             self.journal.cut(0)
             return Ledger(version=Version(attempt, 0), **settings)
         self.journal.best = read_json(self.run.folder / "best.json", {})
         self.earlier_cpu = earlier.get("cpu_seconds", 0.0)
-        step, snapshot, rows = checkpoints.read_ledger(checkpoint)
+        step, snapshot, rows = checkpoints.read_ledger(self.run.checkpoints / f"step_{newest}")
         payloads = {number: self.placement.put(group) for number, group in rows.items()}
         ledger = Ledger.restore(snapshot, payloads, **settings)
         ledger.rollback(Version(max(attempt, ledger.version.attempt + 1), step), step)

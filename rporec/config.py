@@ -94,6 +94,7 @@ class WarmupConfig(Section):
     lr: float = Field(3e-3, gt=0)
     batch_size: int = Field(32, ge=1)  # sequences of one optimiser step
     micro_batch_size: int = Field(32, ge=1)
+    checkpoint_every: int = Field(200, ge=1)  # steps; a resumed warm-up goes on from the newest checkpoint
 
 
 class SamplingConfig(Section):

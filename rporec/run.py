@@ -199,6 +199,7 @@ _MAY_CHANGE = {
     "weight_transfer",
     "evaluate",
     "rere.more_beams",
+    "warmup.checkpoint_every",
     "promotion",
     "serve",
 }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from rporec.files import read_json
+from rporec.files import read_json, read_lines
 
 # Warmed up until most completions are well formed, else all rewards are 0 and the weights never move.
 CONFIG = """
@@ -66,3 +70,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Watched:
 def rporec(*words: str) -> subprocess.CompletedProcess[str]:
     """The command, to its end."""
     return subprocess.run([sys.executable, "-m", "rporec.cli", *words], capture_output=True, text=True, timeout=600)
+
+
+def killed(log: Path, lines: int, *words: str) -> list[dict[str, Any]]:
+    """The command, killed with all its processes once `log` has so many lines; returns these and what came after."""
+    process = subprocess.Popen([sys.executable, "-m", "rporec.cli", *words], stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 300
+    while len(read_lines(log)) < lines and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    kill_all(process)
+    records = read_lines(log)
+    assert len(records) >= lines, process.communicate()[0][-3000:]
+    return records
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """A command and every process that it started, at once."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        command = psutil.Process(process.pid)
+        for one in [*command.children(recursive=True), command]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait(30)

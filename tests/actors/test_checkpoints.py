@@ -20,9 +20,9 @@ def run(tmp_path: Path) -> Run:
     run.head().mkdir()
     (run.head() / "head.json").write_text("{}")
     (run.head() / "head.safetensors").write_bytes(b"weights")
-    checkpoints.begin(run, 4)
+    checkpoints.begin(run.checkpoints, 4)
     checkpoints.add_ledger(run, CONFIG, 4, {}, [])
-    checkpoints.commit(run, 4)
+    checkpoints.commit(run.checkpoints, 4)
     return run
 
 

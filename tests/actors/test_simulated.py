@@ -151,7 +151,7 @@ def test_a_run_killed_at_any_moment_and_resumed_loses_and_repeats_no_group(
     for moment in np.random.default_rng([block, staleness]).uniform(0.5, 28.0, 10):
         folder = tmp_path / f"{moment:.3f}"
         on_virtual_clock(killed(folder, float(moment)))
-        first = checkpoints.newest(Run(folder))
+        first = checkpoints.newest(Run(folder).checkpoints)
         on_virtual_clock(resumed(folder))
         assert first is None or read_json(folder / "status.json")["attempt"] >= 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
+from trained_run import kill_all
 
 from rporec.files import read_json, read_lines
 
@@ -82,12 +81,7 @@ class LiveRun:
         return time.time()
 
     def kill_all(self) -> None:
-        """The command and every process that it started, at once."""
-        command = psutil.Process(self.process.pid)
-        for process in [*command.children(recursive=True), command]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait(30)
+        kill_all(self.process)
 
     def finish(self, seconds: float = 400.0) -> dict[str, Any]:
         """Wait for the end; returns the last status."""
