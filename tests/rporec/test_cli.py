@@ -206,6 +206,8 @@ def test_a_run_of_data_alone_is_evaluated_without_a_cluster(here, rporec, refuse
     small = ["data.synthetic.users=60", "data.synthetic.series=8", "data.synthetic.genres=4"]
     assert rporec("train", DEMO, *small, "--run", "run", "--stages", "data")[0] == 0
     assert "evaluate.baselines: 'rulez' is none of all, none, " in refused("evaluate", "run", "--baselines", "rulez")
+    said = refused("evaluate", "run", "rl.lr=1e-3", "--baselines", "popularity")
+    assert "run: evaluate takes no other rl.lr than the run's, which shaped what it learned" in said
     assert rporec("evaluate", "run", "--baselines", "popularity,rules")[0] == 0
     summary = json.loads((here / "run" / "metrics.json").read_text())
     methods = summary["conventions"]["exclude_history"]["methods"]
