@@ -10,17 +10,20 @@ import argparse
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from rporec.config import Config
-from rporec.models.backbone import load_model, merged_named_tensors, switch_off_dropout
+from rporec.config import Config, ConfigError
+from rporec.models.backbone import load_model, merged_named_tensors, save_model, switch_off_dropout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _PART = "learner"  # DeepSpeed's folder in a checkpoint
 
@@ -126,10 +129,22 @@ class Trainable:
         if self.engine.zero_optimization_stage() < 3:
             yield from merged_named_tensors(self.engine.module)
             return
+        with self._gathered():
+            yield from ((name, tensor.clone()) for name, tensor in merged_named_tensors(self.engine.module))
+
+    def save_model(self, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+        """Write the model folder of `backbone.save_model`; all ranks must call together."""
+        with self._gathered():
+            if self.rank == 0:
+                save_model(self.engine.module, tokenizer, out)
+
+    def _gathered(self) -> AbstractContextManager[Any]:
+        """Under ZeRO-3 every rank holds all parameters meanwhile, elsewhere it does anyway."""
+        if self.engine.zero_optimization_stage() < 3:
+            return nullcontext()
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters(list(self.engine.module.parameters())):
-            yield from ((name, tensor.clone()) for name, tensor in merged_named_tensors(self.engine.module))
+        return deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
 
     # --- checkpoints -------------------------------------------------------------------------
     def save_checkpoint(self, folder: Path) -> None:
@@ -143,7 +158,10 @@ class Trainable:
 
         As many ranks as wrote it go on bit for bit. Others have the same weights and optimiser state,
         but sum gradients in another order and draw from fresh random states.
+
+        Raises ConfigError for a folder that holds no such part, or one written in another precision.
         """
+        self._check(folder)
         if len(list((folder / "rng").iterdir())) == self.world:
             self.engine.load_checkpoint(str(folder), tag=_PART)
             _set_random_state(load_file(_rng_file(folder, self.rank)))
@@ -155,6 +173,19 @@ class Trainable:
                 self.engine.load_checkpoint(str(whole), tag=_PART)
         fresh = np.random.default_rng([self.seed, self.engine.global_steps, self.rank])
         torch.manual_seed(int(fresh.integers(2**63)))
+
+    def _check(self, folder: Path) -> None:
+        if not ((folder / _PART).is_dir() and (folder / "rng").is_dir()):
+            raise ConfigError(
+                f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
+            )
+        wrote, reads = any((folder / _PART).glob("bf16_zero_*")), self.engine.bfloat16_enabled()
+        if self.engine.zero_optimization_stage() and wrote != reads:
+            names = {True: "bfloat16", False: "float32"}
+            raise ConfigError(
+                f"{folder}: written in {names[wrote]}, and this device computes in {names[reads]}; "
+                "resume on the kind of device that wrote it"
+            )
 
     @contextmanager
     def _by_parameter(self, folder: Path) -> Iterator[Path]:
@@ -199,7 +230,7 @@ def _random_state() -> dict[str, torch.Tensor]:
 
 def _set_random_state(state: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(state["cpu"])
-    if "cuda" in state:
+    if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from rporec.config import Config, ConfigError
+from rporec.config import Config
 from rporec.engine.types import Version
 from rporec.models.policy import Packed, token_logprobs
 from rporec.models.trainable import all_concatenate, all_sum
@@ -276,10 +276,6 @@ class Learner:
         self.policy.save_checkpoint(folder)
 
     def load_checkpoint(self, folder: Path) -> None:
-        if not ((folder / "learner").is_dir() and (folder / "rng").is_dir()):
-            raise ConfigError(
-                f"{folder}: no learner state in this checkpoint; delete the folder to resume from an older one"
-            )
         self.policy.load_checkpoint(folder)
 
 

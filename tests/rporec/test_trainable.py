@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, Qwen3Config
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
-from rporec.config import parse_config
+from rporec.config import ConfigError, parse_config
 from rporec.models.trainable import Trainable, all_sum, learner_environment
 
 STEPS, CUT = 6, 3
@@ -102,6 +105,23 @@ def test_other_ranks_draw_each_from_a_state_of_its_own(results) -> None:
     assert results["zero 1", "other", 2]["draws"] == draws, "not the same in every run"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_model_that_is_saved_has_all_weights_whole(results, kind: str, ranks: int) -> None:
+    seen = results[kind, "unbroken", ranks]
+    assert seen["saved"].keys() == seen["weights"].keys()
+    for name, weight in seen["weights"].items():
+        assert torch.equal(seen["saved"][name], weight), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_of_another_precision_or_of_no_learner_is_refused(results, ranks: int) -> None:
+    seen = results["bf16", "refused", ranks]
+    assert "zero 1 of" in seen["precision"]
+    assert "written in float32, and this device computes in bfloat16" in seen["precision"]
+    assert "no learner state in this checkpoint; delete the folder" in seen["nothing"]
+
+
 def test_reading_leaves_the_checkpoint_as_it_was(results) -> None:
     for (kind, done, ranks), seen in results.items():
         if done == "other":
@@ -121,23 +141,39 @@ def _rank(process: int, folder: Path, everyone: threading.Barrier) -> None:
         _train(folder, kind, "unbroken", save=folder / f"{kind} of {world}")
         _train(folder, kind, "own", load=folder / f"{kind} of {world}")
     everyone.wait(timeout=300)
+    _refused(folder)
     for kind in KINDS:
         _train(folder, kind, "other", load=folder / f"{kind} of {3 - world}")
     dist.destroy_process_group()
 
 
-def _train(folder: Path, kind: str, done: str, *, save: Path | None = None, load: Path | None = None) -> None:
-    world = dist.get_world_size()
-    torch.manual_seed(0 if load is None else 5)
-    policy = Trainable(
+def _policy(folder: Path, kind: str) -> Trainable:
+    return Trainable(
         folder / ("dropout" if kind == "dropout" else "model"),
         parse_config(KINDS[kind]),
         lr=2e-3,
         accumulation=2,
-        micro_batch=ROWS // world // 2,
+        micro_batch=ROWS // dist.get_world_size() // 2,
         schedule=lambda step: min(1.0, (step + 1) / STEPS),
         grad_clip=0.5,
     )
+
+
+def _refused(folder: Path) -> None:
+    policy, said = _policy(folder, "bf16"), {}
+    for what, checkpoint in (("precision", folder / f"zero 1 of {policy.world}"), ("nothing", folder / "model")):
+        try:
+            policy.load_checkpoint(checkpoint)
+        except ConfigError as error:
+            said[what] = str(error)
+    if policy.rank == 0:
+        torch.save(said, folder / f"bf16-refused-{policy.world}.result")
+
+
+def _train(folder: Path, kind: str, done: str, *, save: Path | None = None, load: Path | None = None) -> None:
+    world = dist.get_world_size()
+    torch.manual_seed(0 if load is None else 5)
+    policy = _policy(folder, kind)
     seen: dict[str, Any] = {"losses": [], "rates": []}
     if load is not None:
         policy.load_checkpoint(load)
@@ -151,8 +187,14 @@ def _train(folder: Path, kind: str, done: str, *, save: Path | None = None, load
         seen["losses"].append(_step(policy, step))
         seen["rates"].append(policy.lr)
     seen["weights"] = {name: weight.clone() for name, weight in policy.named_weights()}
+    policy.save_model(_tokenizer(), folder / f"{kind} {done} {world}")
     if policy.rank == 0:
+        seen["saved"] = load_file(folder / f"{kind} {done} {world}" / "model.safetensors")
         torch.save(seen, folder / f"{kind}-{done}-{world}.result")
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"word": 0}, unk_token="word")))
 
 
 def _step(policy: Trainable, number: int) -> float:
