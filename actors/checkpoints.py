@@ -1,8 +1,8 @@
-"""Checkpoints of everything that learners train: the ranks write their part, and what is whole counts by a rename.
+"""Checkpoints of the LLM in training: the ranks write their part, and what is whole counts by a rename.
 
 learner/, rng/     of the ranks: weights, optimiser and schedule; random states
 
-Under the controller, which then is the one who commits, also:
+In stage 2 under the controller, which then is the one who commits, also:
 controller.json    the ledger, and the hashes of the RecHead that scored
 groups.parquet     rows of the groups that wait to be consumed
 config.json        resolved config
@@ -34,6 +34,11 @@ class Learns(Protocol):
     def load_checkpoint(self, folder: Path) -> None: ...
 
 
+def place(folder: Path, step: int) -> Path:
+    """Of the committed checkpoint of `step`."""
+    return folder / f"step_{step}"
+
+
 def partial(folder: Path, step: int) -> Path:
     """Where the checkpoint of `step` is written before it counts."""
     return folder / f"step_{step}.tmp"
@@ -52,18 +57,17 @@ def committed(folder: Path) -> list[int]:
 
 
 def newest(folder: Path) -> int | None:
-    """The step of the newest committed checkpoint, `folder/step_N`."""
+    """The step of the newest committed checkpoint."""
     return max(committed(folder), default=None)
 
 
 def commit(folder: Path, step: int) -> None:
     """Make the checkpoint of `step` the newest; forget old ones, and halves of a run that was killed while it wrote."""
-    place = folder / f"step_{step}"
-    if place.exists():
-        shutil.rmtree(place)
-    os.replace(partial(folder, step), place)
+    if place(folder, step).exists():
+        shutil.rmtree(place(folder, step))
+    os.replace(partial(folder, step), place(folder, step))
     for old in committed(folder)[:-KEPT]:
-        shutil.rmtree(folder / f"step_{old}")
+        shutil.rmtree(place(folder, old))
     for left in folder.glob("step_*.tmp"):
         shutil.rmtree(left)
 
@@ -76,7 +80,7 @@ def resume(folder: Path, learner: Learns) -> int:
     step = from_rank_0(newest(folder))  # a late commit may fall between two ranks' looks
     if step is None:
         return 0
-    learner.load_checkpoint(folder / f"step_{step}")
+    learner.load_checkpoint(place(folder, step))
     return step
 
 
@@ -116,7 +120,7 @@ def check(run: Run, config: Config) -> None:
     step = newest(run.checkpoints)
     if step is None:
         return
-    folder = run.checkpoints / f"step_{step}"
+    folder = place(run.checkpoints, step)
     key = contradiction(read_config(folder / "config.json"), config)
     if key is not None:
         raise ConfigError(f"{folder}: made with another {key}; start a new run for that")

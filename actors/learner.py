@@ -1,8 +1,8 @@
 """The learner group under Ray Train: warm-up, and the consuming end of stage 2.
 
 Ray Train starts and restarts the group; it does not own checkpoints. The ranks write theirs into
-`RUN/checkpoints/step_N.tmp`, the controller adds what it knows and commits by rename, and a train
-function that starts anew loads the newest committed one.
+`step_N.tmp`, rank 0 commits it by rename, or in stage 2 the controller, which adds what it knows; and a
+train function that starts anew loads the newest committed one.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 from ray.exceptions import RayActorError
 
-from actors.cluster import Cluster
+from actors.cluster import Cluster, last_words, probable_cause
 from rporec.config import Config, ConfigError
 from rporec.data import DataError
 from rporec.engine.types import Version
-from rporec.files import append_line, cut_lines, read_lines
+from rporec.files import append_line, cut_lines
 from rporec.run import Run, RunError
 
 if TYPE_CHECKING:
@@ -50,8 +50,9 @@ def fit(
     """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile. On CUDA each rank has
     `gpu_share` of a GPU.
 
-    Raises what the loop raised, after `restarts` restarts of the whole group (-1: any number). Ctrl-C calls `interrupted`,
-    waits for the loop to come to its end, and goes on as KeyboardInterrupt; a second one does not wait.
+    Raises what the loop raised, or RunError when a rank's process died, after `restarts` restarts of the whole group
+    (-1: any number). Ctrl-C calls `interrupted`, waits for the loop to come to its end, and goes on as
+    KeyboardInterrupt; a second one does not wait.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -99,18 +100,32 @@ def fit(
             wait()
         raise
     if failure:
-        raise _cause(failure[0])
+        raise _cause(name, failure[0])
 
 
-def _cause(error: BaseException) -> BaseException:
-    """What the user can mend, if a rank failed of that; else the error as Ray Train reports it."""
-    inner = list(getattr(error, "worker_failures", {}).values())
-    while inner:
-        one = inner.pop()
-        if isinstance(one, ConfigError | DataError | RunError):
-            return one
-        inner += [next_ for next_ in (getattr(one, "cause", None), one.__cause__) if isinstance(next_, BaseException)]
+def _cause(name: str, error: BaseException) -> BaseException:
+    """What the user can mend, or which rank died, if a rank failed of that; else the error as Ray Train reports it."""
+    failures = {rank: list(_chain(one)) for rank, one in getattr(error, "worker_failures", {}).items()}
+    for chain in failures.values():
+        for one in chain:
+            if isinstance(one, ConfigError | DataError | RunError):
+                return one
+    for rank, chain in failures.items():  # the others fail only because it is gone
+        for one in chain:
+            if isinstance(one, RayActorError):
+                return RunError(
+                    f"{name}: learner rank {rank} died: {last_words(one)}; {probable_cause(last_words(one))}; "
+                    "what is finished is kept, --resume goes on from there"
+                )
     return error
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it wraps."""
+    yield error
+    for attribute in ("cause", "__cause__", "health_check_failure"):
+        if isinstance(inner := getattr(error, attribute, None), BaseException):
+            yield from _chain(inner)
 
 
 def warmup_loop(spec: dict[str, Any]) -> None:
@@ -121,7 +136,6 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from actors import checkpoints
-    from rporec.models.backbone import save_model
     from rporec.models.policy import token_logprobs
     from rporec.models.trainable import Trainable, all_sum
     from rporec.recipes import load_recipe
@@ -145,12 +159,10 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     )
     pad = recipe.writer.tokenizer.pad_token_id
     order = Shuffled(len(pairs), config.seed)
-    first = checkpoints.resume(spec["checkpoints"], policy)
+    kept = spec["folder"] / "checkpoints"
+    first = checkpoints.resume(kept, policy)
     order.take(first * warmup.batch_size)
-    before = {"seconds": 0.0, "cpu_seconds": 0.0}
-    if rank == 0:
-        cut_lines(spec["log"], first)
-        before |= (read_lines(spec["log"]) or [{}])[-1]
+    before = (cut_lines(spec["log"], first) if rank == 0 else [])[-1:]
     began, cpu = time.monotonic(), time.process_time()
     for step in range(first, steps):
         rows = order.take(warmup.batch_size)
@@ -169,13 +181,12 @@ def warmup_loop(spec: dict[str, Any]) -> None:
         loss = all_sum(total).item()
         if rank == 0:
             spent = {"seconds": time.monotonic() - began, "cpu_seconds": (time.process_time() - cpu) * world}
-            spent = {key: before[key] + value for key, value in spent.items()}
+            spent = {key: value + sum(record[key] for record in before) for key, value in spent.items()}
             record = {"step": step, "steps": steps, "loss": loss, "lr": policy.lr, "tokens": tokens, **spent}
             append_line(spec["log"], record)
         if (step + 1) % warmup.checkpoint_every == 0 and step + 1 < steps:
-            checkpoints.save(spec["checkpoints"], step + 1, policy)
-    if rank == 0:
-        save_model(policy.engine.module, recipe.writer.tokenizer, spec["out"])
+            checkpoints.save(kept, step + 1, policy)
+    policy.save_model(recipe.writer.tokenizer, spec["folder"] / "model")
 
 
 def rl_loop(spec: dict[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
+from actors import checkpoints
 from actors.job import Job
 from actors.learner import step_record
+from rporec.config import ConfigError
 from rporec.engine.types import Version
 from rporec.files import append_line, cut_lines, read_lines, write_json
 from rporec.report.live import progress
@@ -19,6 +22,11 @@ def prefer(job: Job) -> None:
         if config.steps == 0:
             notes["skipped"] = "steps: 0"
             return
+        step = checkpoints.newest(run.checkpoints) or 0
+        if step > config.steps:
+            raise ConfigError(
+                f"steps: {config.steps}, but {run.folder} has done {step} already; ask for as many or more"
+            )
         with progress(config.preference.loss, total=config.steps, console=job.console) as bar:
 
             def watch() -> None:
@@ -27,8 +35,10 @@ def prefer(job: Job) -> None:
                     note = f"loss {last['loss']:.3f}, chosen above all negatives {last['accuracy']:.0%}"
                     bar.update(last["step"] + 1, note=note)
 
-            job.fit(preference_loop, {"run": run, "config": config}, config.preference.loss, config.learners, watch)
+            if not run.best_model.is_dir():  # or cut off after its end
+                job.fit(preference_loop, {"run": run, "config": config}, config.preference.loss, config.learners, watch)
             watch()
+        shutil.rmtree(run.checkpoints, ignore_errors=True)  # large, and the model is whole
         last = read_lines(run.steps)[-1]
         notes |= {"steps": config.steps, "loss": last["loss"], "cpu_seconds": last["cpu_seconds"] * config.learners}
         write_json(run.folder / "best.json", {"attempt": 0, "version": config.steps, "step": config.steps})
@@ -40,8 +50,6 @@ def preference_loop(spec: dict[str, Any]) -> None:
     run.require_here()
     import torch.distributed as dist
 
-    from actors import checkpoints
-    from rporec.models.backbone import save_model
     from rporec.recipes.preference import Preference
     from rporec.rl.learner import Clock
     from rporec.rl.preference_learner import PreferenceLearner
@@ -52,8 +60,7 @@ def preference_loop(spec: dict[str, Any]) -> None:
     first = checkpoints.resume(run.checkpoints, learner.policy)
     began = time.process_time()
     if rank == 0:
-        cut_lines(run.steps, first)
-        began -= sum(record["cpu_seconds"] for record in read_lines(run.steps)[-1:])
+        began -= sum(record["cpu_seconds"] for record in cut_lines(run.steps, first)[-1:])
     for step in range(first, config.steps):
         clock = Clock()
         offset = step * config.groups_per_step
@@ -65,5 +72,4 @@ def preference_loop(spec: dict[str, Any]) -> None:
             append_line(run.steps, step_record(step, Version(0, step), metrics, clock, began))
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
             checkpoints.save(run.checkpoints, step + 1, learner.policy)
-    if rank == 0:
-        save_model(learner.policy.engine.module, recipe.writer.tokenizer, run.best_model)
+    learner.policy.save_model(recipe.writer.tokenizer, run.best_model)

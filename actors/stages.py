@@ -117,9 +117,8 @@ def _left_out(recipe: StagedRecipe) -> str | None:
 
 def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
     """Train the backbone on the recipe's pairs into `RUN/name/model`; returns what it took."""
-    log = job.run.folder / f"{name}.jsonl"
-    out, checkpoints = job.run.folder / name / "model", job.run.folder / name / "checkpoints"
-    spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "out": out, "checkpoints": checkpoints}
+    folder, log = job.run.folder / name, job.run.folder / f"{name}.jsonl"
+    spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "folder": folder}
     with progress(name, console=job.console) as bar:
 
         def watch() -> None:
@@ -127,9 +126,10 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
                 last = records[-1]
                 bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
 
-        job.fit(warmup_loop, spec, name, job.config.learners, watch)
+        if not (folder / "model").is_dir():  # or cut off after its end
+            job.fit(warmup_loop, spec, name, job.config.learners, watch)
         watch()
-    shutil.rmtree(checkpoints, ignore_errors=True)  # large, and the model is whole
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # large, and the model is whole
     last = read_lines(log)[-1]
     return {
         "steps": last["steps"],
@@ -322,13 +322,14 @@ def rank_methods(run: Run, config: Config, console: Console, *, ablations: bool)
 def _more_warmup(job: Job, recipe: StagedRecipe) -> None:
     """The control that RL must beat: its CPU seconds spent on a longer warm-up, and stage 1 after that."""
     run = job.run
-    if not (run.folder / "more_warmup" / "model").is_dir():
+    folder = run.folder / "more_warmup"
+    if not (folder / "model").is_dir() or (folder / "checkpoints").is_dir():
         stages = read_json(run.folder / "stages.json")
         warmup = stages["warmup"]
         per_step = warmup["cpu_seconds"] / warmup["steps"]
         steps = warmup["steps"] + round(stages["stage2"]["cpu_seconds"] / per_step)
         _supervise(job, "more_warmup", steps)
-    _write_completions(job, recipe, run.folder / "more_warmup" / "model", recipe.parts("more_warmup"))
+    _write_completions(job, recipe, folder / "model", recipe.parts("more_warmup"))
     if not run.head("more_warmup/head").is_dir():
         _train_heads(job, "more_warmup_head", "more_warmup", {"more_warmup/head": "text"})
 

@@ -119,7 +119,7 @@ class Training:
             return Ledger(version=Version(attempt, 0), **settings)
         self.journal.best = read_json(self.run.folder / "best.json", {})
         self.earlier_cpu = earlier.get("cpu_seconds", 0.0)
-        step, snapshot, rows = checkpoints.read_ledger(self.run.checkpoints / f"step_{newest}")
+        step, snapshot, rows = checkpoints.read_ledger(checkpoints.place(self.run.checkpoints, newest))
         payloads = {number: self.placement.put(group) for number, group in rows.items()}
         ledger = Ledger.restore(snapshot, payloads, **settings)
         ledger.rollback(Version(max(attempt, ledger.version.attempt + 1), step), step)

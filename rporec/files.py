@@ -102,11 +102,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def cut_lines(path: Path, step: int) -> None:
-    """Forget the JSON lines of `step` and later ones, which are undone: each step stands in the file once."""
+def cut_lines(path: Path, step: int) -> list[dict[str, Any]]:
+    """Forget the JSON lines of `step` and later ones, which are undone; returns those that are left.
+
+    So each step stands in the file once.
+    """
     kept = [record for record in read_lines(path) if record["step"] < step]
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    return kept
 
 
 class FolderWatch:

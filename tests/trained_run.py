@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +74,40 @@ def rporec(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "rporec.cli", *words], capture_output=True, text=True, timeout=600)
 
 
-def killed(log: Path, lines: int, *words: str) -> list[dict[str, Any]]:
-    """The command, killed with all its processes once `log` has so many lines; returns these and what came after."""
-    process = subprocess.Popen([sys.executable, "-m", "rporec.cli", *words], stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while len(read_lines(log)) < lines and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    kill_all(process)
-    records = read_lines(log)
-    assert len(records) >= lines, process.communicate()[0][-3000:]
-    return records
+@dataclass(frozen=True)
+class Killed:
+    """What was there when a command had ended that was killed, all of it or its learner."""
+
+    records: list[dict[str, Any]]  # of the log that it was watched by
+    status: int
+    output: str
+
+
+def killed(log: Path, lines: int, *words: str, learner: bool = False) -> Killed:
+    """The command, killed with all its processes once `log` has so many lines; or only its learner, and it goes on."""
+    with tempfile.TemporaryFile("w+") as output:
+        command = [sys.executable, "-m", "rporec.cli", *words]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + 600
+        while len(read_lines(log)) < lines and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if learner:
+            ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if is_learner(one)]
+            for rank in ranks:
+                rank.kill()
+            process.wait(120)
+        else:
+            kill_all(process)
+        output.seek(0)
+        found = Killed(read_lines(log), process.returncode, output.read())
+    assert len(found.records) >= lines, found.output[-3000:]
+    return found
+
+
+def is_learner(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return "RayTrainWorker" in "".join(process.cmdline())
+    return False
 
 
 def kill_all(process: subprocess.Popen) -> None:
