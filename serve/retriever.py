@@ -98,7 +98,7 @@ class Retriever:
             answer=[written.answer for written in completions],
             format=np.array([written.format for written in completions], np.float32),
         )
-        allowed = [_allowed(head.catalog, query.filters) for query in queries]
+        allowed = [_allowed(head.catalog, query) for query in queries]
         return head.recommend(inputs, [query.k for query in queries], [query.excluded for query in queries], allowed)
 
     async def _load(self, version: Promoted) -> None:
@@ -127,6 +127,7 @@ class Retriever:
             for name, head in list(self._heads.items()):
                 if len(head.catalog) < len(grown):
                     self._heads[name] = await asyncio.to_thread(head.grown, grown)
+            _having.cache_clear()  # else its masks keep the smaller catalogue alive
 
     async def _take(self, version: Promoted) -> None:
         await self._load(version)
@@ -140,9 +141,14 @@ class Retriever:
         return {"version": self._version, "versions": list(self._heads), "items": len(self._catalog.catalog)}
 
 
-def _allowed(catalog: Catalog, filters: Mapping[str, list[str]]) -> np.ndarray | None:
-    """bool [N]: items that pass every filter; None without filters. KeyError for a column that is not there."""
-    masks = [_having(catalog, column, tuple(sorted(values))) for column, values in sorted(filters.items())]
+def _allowed(catalog: Catalog, query: Query) -> np.ndarray | None:
+    """bool [N]: items that pass every filter and that the asker knows; None for all.
+
+    Another request may have made the catalogue grow meanwhile. KeyError for a column that is not there.
+    """
+    masks = [_having(catalog, column, tuple(sorted(values))) for column, values in sorted(query.filters.items())]
+    if query.items < len(catalog):
+        masks.append(np.arange(len(catalog)) < query.items)
     return np.logical_and.reduce(masks) if masks else None
 
 

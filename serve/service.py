@@ -104,13 +104,11 @@ class Service:
         written, thought, fallback = False, None, None
         pieces = self._backend.stream(asked.history, len(self.catalog))
         try:
-            async with asyncio.timeout(asked.left()):
-                async for piece in pieces:
-                    if not isinstance(piece, str):
-                        thought = piece
-                        break
-                    written = True
-                    yield piece
+            # Each piece is waited for by itself: a deadline around the `yield` would cut off whoever reads slowly.
+            while isinstance(piece := await asyncio.wait_for(anext(pieces, None), asked.left()), str):
+                written = True
+                yield piece
+            thought = piece
         except TimeoutError:
             fallback = "timeout"
         except Unavailable:
