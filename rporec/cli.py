@@ -104,6 +104,8 @@ def _data_synthetic(options: argparse.Namespace) -> None:
             options.out / "data",
             split=config.data.split,
             window=config.data.window,
+            k_core=config.data.k_core,
+            headline=config.data.headline,
             progress=report,
         )
     print(f"{options.out}/source: raw files; {options.out}/data: {_counts(dataset.manifest)}")

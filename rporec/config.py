@@ -140,7 +140,7 @@ class HeadConfig(Section):
 
 
 class RewardConfig(Section):
-    """Weights of the six terms of `method.md`; conciseness and faithfulness are off for tiny."""
+    """Weights of the six terms of `docs/methods.md`; conciseness and faithfulness are off for tiny."""
 
     format: float = 0.1
     outside: float = 0.1
@@ -188,7 +188,7 @@ class PreferenceConfig(Section):
 class RLConfig(Section):
     lr: float = Field(2e-4, gt=0)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine"] = "constant"  # of lr after its warm-up; cosine: to 0 at the last step
+    schedule: Literal["constant", "cosine"] = "constant"  # after lr's warm-up; cosine: to 0 one step after the last
     kl: float = Field(0.05, ge=0)
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     loss: Literal["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo"] = "grpo"
@@ -366,6 +366,10 @@ class Config(Section):
         if self.recipe == "rere":
             self._check_rere()
         if self.writes_items:
+            if self.rere.identity == "semantic" and self.lora:
+                raise ValueError(
+                    "rere.identity: semantic adds tokens, whose embeddings lora does not train; take title"
+                )
             for key, wanted in (
                 ("more_warmup", self.more_warmup),
                 ("head.refreshed", self.head.refreshed),
@@ -381,6 +385,10 @@ class Config(Section):
             raise ValueError(f"data.split: {self.data.split!r} is none of time[:8:1:1], leave-one-out, column:NAME")
         if self.groups_per_step % self.learners:
             raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
+        if self.warmup.batch_size < self.learners:
+            raise ValueError(
+                f"warmup.batch_size: {self.warmup.batch_size} leaves none for some of learners: {self.learners}"
+            )
         spread = {"tensor_parallel_size", "pipeline_parallel_size"} & set(self.engine.args)
         if self.engine.gpu_share < 1 and spread:
             raise ValueError(
@@ -412,8 +420,6 @@ class Config(Section):
             )
         if self.rl.temperature != 1:
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
-        if self.rere.identity == "semantic" and self.lora:
-            raise ValueError("rere.identity: semantic adds tokens, whose embeddings lora does not train; take title")
 
     def _check_tiny(self) -> None:
         shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)

@@ -200,6 +200,13 @@ _MAY_CHANGE = {
     "evaluate",
     "rere.more_beams",
     "warmup.checkpoint_every",
+    # What memory or patience runs out of: a run must be able to go on with other values.
+    "engine.kv_cache_mb",
+    "engine.max_num_seqs",
+    "engine.gpu_share",
+    "engine.timeout",
+    "reward.timeout",
+    "save_rollouts",
     "promotion",
     "serve",
 }

@@ -27,6 +27,7 @@ def build(arguments: Arguments) -> Any:
     """Always with a bearer token, for it is reached from other machines. ConfigError when there is no such run."""
     run = Run.open(arguments.run)
     run.require("stage1", "serve")
+    run.require_head("serve")
     if promoted(run) is None:
         promote_best(run)
     served = Served(run, override(run.config(), arguments.overrides))

@@ -33,19 +33,19 @@ def train_slices(train: np.ndarray, config: Config) -> TrainSlices:
     Without warm-up its share goes to the head. Raises ConfigError when a slice that is needed is empty.
     """
     shares = config.slices
-    warmup_share = 0.0 if config.warmup.steps == 0 else shares.warmup
+    warms_up = config.warmup.steps != 0
+    warmup_share = shares.warmup if warms_up else 0.0
     total = shares.warmup + shares.head + shares.rl
     first = int(len(train) * warmup_share / total)
     last = int(len(train) * (shares.warmup + shares.head) / total)
-    warmup, head, rl = train[:first], train[first:last], train[last:]
-    if not len(head) or (config.steps and not len(rl)) or (warmup_share and not len(warmup)):
+    warmup, head, rl = _newest(train[:first], config.max_warmup_samples), train[first:last], train[last:]
+    if not len(head) or (config.steps and not len(rl)) or (warms_up and not len(warmup)):
         raise ConfigError(
             f"slices: {len(train)} training samples leave {len(warmup)} for warm-up, {len(head)} for the head, "
-            f"{len(rl)} for RL; each needs some: bring more interactions or change slices.*"
+            f"{len(rl)} for RL; each needs some: bring more interactions, change slices.* or max_warmup_samples, or do "
+            "without (warmup.steps: 0, steps: 0)"
         )
-    return TrainSlices(
-        _newest(warmup, config.max_warmup_samples), _newest(head, config.max_head_samples), rl, train[:last]
-    )
+    return TrainSlices(warmup, _newest(head, config.max_head_samples), rl, train[:last])
 
 
 def tuning_samples(dataset: Dataset, *, refit: bool) -> np.ndarray:

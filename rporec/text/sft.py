@@ -31,7 +31,7 @@ def warmup_pairs(dataset: Dataset, rationales: Iterable[Rationale], prompts: Pro
 
     Prompt and completion are encoded apart, as they are in a rollout, where sampling starts behind
     the prompt's last token. Rationales longer than `prompts.reserve` tokens are left out and
-    counted in the log: the policy could not finish them. Raises ConfigError if that leaves none.
+    counted in the log: the policy could not finish them. Raises ConfigError if none is left.
     """
     tokenizer = prompts.tokenizer
     pairs, too_long = [], 0
@@ -43,10 +43,15 @@ def warmup_pairs(dataset: Dataset, rationales: Iterable[Rationale], prompts: Pro
             too_long += 1
             continue
         pairs.append(Pair(rationale.sample, prompts.prompt_ids(dataset.history(rationale.sample)), completion))
-    if too_long and not pairs:
+    if not pairs and too_long:
         raise ConfigError(
             f"sampling.max_tokens: all {too_long} rationales are longer than {prompts.reserve} tokens; raise it, or "
             "lower text.max_words"
+        )
+    if not pairs:
+        raise ConfigError(
+            "teacher: no rationale can be used, so there is nothing to warm up on; look into the run's rationales/, "
+            "take another teacher.kind, or do without (warmup.steps: 0)"
         )
     if too_long:
         logger.warning(

@@ -54,6 +54,14 @@ REFUSED = {
     ),
     "endpoint without address": ({"teacher": {"kind": "openai"}}, "teacher.kind: openai needs teacher.base_url"),
     "uneven learners": ({"learners": 3, "groups_per_step": 64}, "groups_per_step: 64 is no multiple of learners: 3"),
+    "a rank without a sequence": (
+        {"learners": 4, "warmup": {"batch_size": 3}},
+        "warmup.batch_size: 3 leaves none for some of learners: 4",
+    ),
+    "new tokens under lora": (
+        {"recipe": "preference", "rere": {"identity": "semantic"}, "lora": {"rank": 2}, "backbone": "some/llm"},
+        "rere.identity: semantic adds tokens, whose embeddings lora does not train",
+    ),
     "no such split": ({"data": {"split": "random"}}, "data.split: 'random' is none of"),
     "faithfulness without embedder": ({"backbone": "some/llm"}, "reward.faithfulness needs reward.embedder"),
     "more than everything": ({"slices": {"warmup": 0.9}}, "slices: "),

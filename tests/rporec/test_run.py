@@ -144,6 +144,12 @@ def test_a_resumed_run_may_go_on_longer_and_on_more_machines(run):
     assert Run.create(run.folder, longer, resume=True) == run
 
 
+def test_what_ran_out_of_memory_or_patience_may_be_resumed_with_more_of_it(run):
+    engine = {"max_num_seqs": 8, "kv_cache_mb": 64, "gpu_share": 0.5, "timeout": 600}
+    calmer = parse_config({"steps": 3, "engine": engine, "reward": {"timeout": 600}})
+    assert Run.create(run.folder, calmer, resume=True) == run
+
+
 def test_a_key_that_came_after_the_run_began_is_no_contradiction(run):
     held = read_json(run.config_path)
     del held["rl"]["max_tries"]

@@ -70,3 +70,5 @@ def test_warmup_pairs_hold_prompt_and_completion_as_a_rollout_would(caplog):
     assert "leaves out 1 rationales" in caplog.text
     with pytest.raises(ConfigError, match="all 1 rationales are longer than 30 tokens"):
         warmup_pairs(OneUser(), stored[1:], prompts)
+    with pytest.raises(ConfigError, match="no rationale can be used, so there is nothing to warm up on"):
+        warmup_pairs(OneUser(), stored[2:], prompts)
