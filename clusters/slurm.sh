@@ -35,7 +35,8 @@ srun --nodes=$((${#nodes[@]} - 1)) --ntasks-per-node=1 --overlap --exclude="$hea
     ray start --block --address="$address:$PORT" --num-gpus="$gpus" --resources="{\"rollout\": $places}" &
 
 # On the head, where the controller must be. Slurm's TERM, 300 s before the time limit, is passed on as Ctrl-C would
-# come: the step under way is finished and a checkpoint written.
+# come: in stage 2 of RL the step under way is finished and a checkpoint written. Warm-up and offline preferences end at
+# once; --resume goes on from their newest checkpoint, RecHeads begin anew.
 srun --nodes=1 --ntasks=1 --overlap --nodelist="$head" rporec train "$@" --address "$address:$PORT" --attached &
 training=$!
 trap 'kill -TERM "$training"' TERM

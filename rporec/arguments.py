@@ -88,11 +88,11 @@ def _parser() -> argparse.ArgumentParser:
 
     synthetic = add(data, "synthetic", "write the embedded world, raw and built")
     synthetic.add_argument("--out", type=Path, required=True)
-    synthetic.add_argument("--config", type=Path, help="YAML whose data.synthetic and seed are used")
+    synthetic.add_argument("--config", type=Path, help="YAML whose section data and seed are used")
     synthetic.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
     download = add(data, "download", "fetch a public data set")
-    download.add_argument("name", help="movielens-100k|1m|20m|32m, movietweetings, amazon-2023:CATEGORY")
+    download.add_argument("name", help="movielens-100k|1m|10m|20m|25m|32m, movietweetings, amazon-2023:CATEGORY")
     download.add_argument("--out", type=Path, required=True)
 
     train = add(commands, "train", "run all stages of a config, or some")
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = add(commands, "evaluate", "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of evaluate. and rere.: rere.more_beams=[50]"
+        "overrides", nargs="*", default=[], metavar="key=value", help="what --resume may change: rere.more_beams=[50]"
     )
     evaluate.add_argument(
         "--ablations",
@@ -177,7 +177,11 @@ def _parser() -> argparse.ArgumentParser:
     serving = add(commands, "serve", "answer over HTTP, on the cluster of the run or one started here")
     serving.add_argument("run", type=Path, metavar="RUN")
     serving.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="of serve. and engine.: serve.timeout_ms=2000"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="device, or of serve. and engine.: serve.timeout_ms=2000",
     )
     serving.add_argument("--host", default="127.0.0.1", help="other than loopback needs a token (default: 127.0.0.1)")
     serving.add_argument("--port", type=int, default=8000)

@@ -20,7 +20,7 @@ LOGGER = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Served:
-    """A run that is served; `config` may differ from the run's own in its section `serve`."""
+    """A run that is served; `config` may differ from the run's own in `device` and its sections `serve` and `engine`."""
 
     run: Run
     config: Config

@@ -1,9 +1,9 @@
 """The ranks of every method on every test sample, and the table that follows from them.
 
-`ranks.parquet` is the record, `metrics.json` a summary: anyone can recompute the second from the
-first. A method that draws several completions for a sample has several rows for it; the metric of a
-sample is the mean over its rows, the metric of a method the mean over samples, and the bootstrap
-draws users.
+`ranks.parquet` is the record, `metrics.json` a summary: what of the second rests on ranks anyone can
+recompute from the first; `rporec.recipes.evaluation` adds coverage, diversity and what tuning found. A
+method that draws several completions for a sample has several rows for it; the metric of a sample is
+the mean over its rows, the metric of a method the mean over samples, and the bootstrap draws users.
 """
 
 from __future__ import annotations

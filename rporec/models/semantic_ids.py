@@ -19,7 +19,11 @@ ROUNDS = 30  # of k-means
 
 
 def item_vectors(texts: Sequence[str], seed: int, dimensions: int = DIMENSIONS) -> np.ndarray:
-    """float32 [N, D]: TF-IDF of the items' texts in their D main directions (latent semantic analysis)."""
+    """float32 [N, D]: TF-IDF of the items' texts in their D main directions (latent semantic analysis).
+
+    D is `dimensions`, or one less than there are items or words where those are fewer; where that leaves none, the
+    TF-IDF as it is.
+    """
     from scipy.sparse.linalg import svds
 
     vectors = TextVectors.fit(texts).vectors

@@ -33,7 +33,7 @@ class TextVectors:
         return cls(words, idf, float(1 + np.log(1 + len(texts))), _weighted(counts, idf))
 
     def neighbours(self, keep: int = NEIGHBOURS) -> sp.csr_matrix:
-        """float32 [N, N]: cosine of each item with its `keep` nearest others, 0 elsewhere."""
+        """float32 [N, N]: cosine of each item with its `keep` nearest others and what ties with the last, 0 elsewhere."""
         size = self.vectors.shape[0]
         blocks = [_nearest(block, keep) for _, block in _cosines(self.vectors, 0)]
         return sp.vstack(blocks, format="csr") if blocks else sp.csr_matrix((size, size), dtype=np.float32)
@@ -43,8 +43,8 @@ class TextVectors:
     ) -> tuple[TextVectors, sp.csr_matrix]:
         """With M newcomers behind the N items: the vectors of all, and `neighbours` [N, N] grown to [N + M, N + M].
 
-        A newcomer gets its `keep` nearest. An old item keeps all of its neighbours, and gains the
-        newcomers that are no farther than the farthest of them.
+        A newcomer gets its `keep` nearest, and what ties with the last. An old item keeps all of its
+        neighbours, and gains the newcomers that are no farther than the farthest of them.
         """
         words = dict(self.words)
         counts = _counts(texts, words)

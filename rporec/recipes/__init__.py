@@ -5,9 +5,10 @@ items of the catalogue) and how they are rewarded; and for the stages around RL,
 on, what is written for evaluation and which heads are trained. Advantages and loss follow from `rl.*`.
 Its objects are cheap to make in every actor; what is heavy (heads, tokenizers) is loaded where first used.
 
-    base      the data and its slices, in which order prompts are drawn
-    rporec    thoughts and answers, rewarded by a RecHead
-    rere      items themselves, rewarded by rule and rank
+    base        the data and its slices, in which order prompts are drawn
+    rporec      thoughts and answers, rewarded by a RecHead
+    rere        items themselves, rewarded by rule and rank
+    preference  items themselves, chosen ones against others, offline
 """
 
 from __future__ import annotations

@@ -63,8 +63,8 @@ def item_rewards(
 def most_diverse(items: np.ndarray, target: int, score: np.ndarray, keep: int) -> np.ndarray:
     """Dynamic sampling: which `keep` of the drawn items stay, best score first, int64 [min(keep, len(items))].
 
-    Hits stay. Of the misses those stay of which the fewest copies were drawn before them, so every
-    item once before any item twice. score: log-probabilities of the draws, [G'].
+    Hits stay, of more than `keep` the first drawn. Of the misses those stay of which the fewest copies were drawn
+    before them, so every item once before any item twice. score: log-probabilities of the draws, [G'].
     """
     items = np.asarray(items)
     copies = np.array([(items[:at] == one).sum() for at, one in enumerate(items)])

@@ -82,7 +82,9 @@ class Loss:
     total: torch.Tensor  # policy + coefficient * kl
     policy: torch.Tensor
     kl: torch.Tensor  # before the coefficient; 0 without a reference
-    clipped: torch.Tensor  # share of the step's tokens where r left the clip range in the direction of A
+    # Share of the step's tokens that carry the policy gradient and whose r left the clip range in the direction of A
+    # (cispo: in either; rloo: none).
+    clipped: torch.Tensor
 
 
 def policy_loss(

@@ -39,7 +39,7 @@ class Scored:
     """Scores of B completions; the values of masked rows mean nothing."""
 
     rank: np.ndarray  # float64 [B], counted from 1; NaN where nothing was ranked
-    ndcg: np.ndarray  # float64 [B]
+    ndcg: np.ndarray  # float64 [B]; float32 where items are rewarded
     parts: dict[str, np.ndarray]  # float32 [B] each: the terms, unweighted and before the format gate
     reward_without_entropy: np.ndarray  # float32 [B]
     masked: np.ndarray  # bool [B]: scoring failed
@@ -64,10 +64,10 @@ def score(
     completions: None ranks only, and the reward is the NDCG.
     summaries: of the CoTs, as `parse_summary` returns them; None in a row: it could not be made.
     candidates: [B, 1 + n] with the target first, from `sampled_candidates`; None: the catalogue.
-    custom: own reward, see `load_custom`; added inside the format gate, a NaN means that it failed.
+    custom: own reward, see `load_custom`; added inside the format gate, what is not finite means that it failed.
 
-    A row is masked where its scores are not finite (without completions: ValueError), its summary is
-    missing or its own reward is NaN. Raises ConfigError when a term with weight lacks what it needs.
+    A row is masked where its scores or its own reward are not finite (scores without completions: ValueError),
+    or its summary is missing. Raises ConfigError when a term with weight lacks what it needs.
     """
     targets = np.asarray(targets, np.int64)
     size = len(targets)

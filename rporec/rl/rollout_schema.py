@@ -106,7 +106,8 @@ def rollout_batch(lease: Lease, generated: Sequence[Generated], pieces: Sequence
     """The unscored rows of one group.
 
     `pieces[i]` is the text of each token of completion i, from which the tokens inside the CoT are
-    found. Raises ValueError where tokens, logprobs, pieces and version spans do not fit together.
+    found. Raises ValueError where tokens, logprobs, pieces and version spans do not fit together, or no completion
+    has a token.
     """
     for index, (one, texts) in enumerate(zip(generated, pieces, strict=True)):
         tokens = len(one.token_ids)
@@ -155,7 +156,10 @@ def rollout_batch(lease: Lease, generated: Sequence[Generated], pieces: Sequence
 
 
 def with_rewards(batch: pa.RecordBatch, scored: Scored) -> pa.RecordBatch:
-    """The batch with its reward columns filled; rows of `scored.masked` keep nulls there."""
+    """The batch with its reward columns filled; rows of `scored.masked` keep nulls there.
+
+    Raises ValueError when there are more or fewer scores than rows.
+    """
     size = batch.num_rows
     if len(scored.masked) != size:
         raise ValueError(f"{len(scored.masked)} scores for {size} completions")
