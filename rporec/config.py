@@ -52,6 +52,13 @@ class DataConfig(Section):
     headline: Literal["exclude_history", "all"] = "exclude_history"
     synthetic: SyntheticConfig = SyntheticConfig()
 
+    @field_validator("split")
+    @classmethod
+    def _known(cls, split: str) -> str:
+        if not re.fullmatch(r"time(:\d+:\d+:\d+)?|leave-one-out|column:.+", split):
+            raise ValueError("none of time[:8:1:1], leave-one-out, column:NAME")
+        return split
+
 
 class TinyConfig(Section):
     """Shape of `backbone: tiny`, a Qwen3 made on the spot."""
@@ -87,6 +94,12 @@ class TeacherConfig(Section):
     model: str | None = None
     api_key_env: str = "OPENAI_API_KEY"  # name of the variable that holds the key, never the key
 
+    @model_validator(mode="after")
+    def _reachable(self) -> TeacherConfig:
+        if self.kind == "openai" and not (self.base_url and self.model):
+            raise ValueError("kind: openai needs teacher.base_url and teacher.model")
+        return self
+
 
 class WarmupConfig(Section):
     steps: int | None = Field(None, ge=0)  # None: `epochs` over the warm-up slice; 0: no warm-up
@@ -113,6 +126,13 @@ class EngineConfig(Section):
     timeout: float = Field(1800.0, gt=0)  # seconds for one group; a worker that takes longer hangs and is replaced
     args: dict[str, Any] = {}  # passed to vllm.LLM as they are
 
+    @model_validator(mode="after")
+    def _on_one_gpu(self) -> EngineConfig:
+        spread = {"tensor_parallel_size", "pipeline_parallel_size"} & set(self.args)
+        if self.gpu_share < 1 and spread:
+            raise ValueError(f"gpu_share: {self.gpu_share:g} is of one GPU; leave out args.{sorted(spread)[0]}")
+        return self
+
 
 class HeadConfig(Section):
     """RecHead, see `rporec.models.rechead`."""
@@ -137,6 +157,18 @@ class HeadConfig(Section):
     refit: Literal["none", "train+valid"] = "none"
     refreshed: bool = False  # after RL also heads on the head and the RL slice, for the LLM of either stage
     seed: int | None = None  # None: the run's
+
+    @property
+    def has_experts(self) -> bool:
+        return self.experts if self.experts is not None else self.fusion == "residual"
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> HeadConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim: {self.dim} does not divide by heads: {self.heads}")
+        if self.reranker and not self.has_experts:
+            raise ValueError("reranker: ranks what the experts propose; it needs experts: true")
+        return self
 
 
 class RewardConfig(Section):
@@ -208,6 +240,19 @@ class RLConfig(Section):
     validate_samples: int = Field(256, ge=1)
     max_tries: int = Field(3, ge=1)  # of one group before it is dropped
 
+    @field_validator("icepop", "sequence_mask")
+    @classmethod
+    def _interval(cls, bounds: tuple[float, float] | None) -> tuple[float, float] | None:
+        if bounds is not None and not 0 <= bounds[0] < bounds[1]:
+            raise ValueError("no interval; write [low, high] with 0 <= low < high")
+        return bounds
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> RLConfig:
+        if self.loss in ("gspo", "rloo") and self.correction == "icepop":
+            raise ValueError(f"correction: icepop masks tokens, loss: {self.loss} weighs sequences; use tis")
+        return self
+
 
 class DeepSpeedConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
@@ -222,6 +267,12 @@ class Slices(Section):
     warmup: float = Field(0.4, ge=0)
     head: float = Field(0.4, gt=0)
     rl: float = Field(0.2, ge=0)
+
+    @model_validator(mode="after")
+    def _shares(self) -> Slices:
+        if self.warmup + self.head + self.rl > 1 + 1e-9:
+            raise ValueError("warmup: together with head and rl it is more than 1")
+        return self
 
 
 class Elastic(Section):
@@ -347,12 +398,13 @@ class Config(Section):
         return self.teacher.kind or ("template" if self.tiny_backbone else "backbone")
 
     @property
-    def head_experts(self) -> bool:
-        return self.head.experts if self.head.experts is not None else self.head.fusion == "residual"
-
-    @property
     def rl_max_tokens(self) -> int:
         return self.rl.max_tokens or self.sampling.max_tokens
+
+    @property
+    def reserve(self) -> int:
+        """Tokens of the LLM's window that a prompt leaves to the longest completion."""
+        return max(self.sampling.max_tokens, self.rl_max_tokens)
 
     @property
     def slots(self) -> int:
@@ -379,37 +431,17 @@ class Config(Section):
                     raise ValueError(f"recipe: {self.recipe} has no {key}; leave it out")
         if self.max_staleness > 0 and self.rl.correction == "none":
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
-        if self.rl.loss in ("gspo", "rloo") and self.rl.correction == "icepop":
-            raise ValueError(f"rl.correction: icepop masks tokens, rl.loss: {self.rl.loss} weighs sequences; use tis")
-        if not re.fullmatch(r"time(:\d+:\d+:\d+)?|leave-one-out|column:.+", self.data.split):
-            raise ValueError(f"data.split: {self.data.split!r} is none of time[:8:1:1], leave-one-out, column:NAME")
         if self.groups_per_step % self.learners:
             raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
         if self.warmup.batch_size < self.learners:
             raise ValueError(
                 f"warmup.batch_size: {self.warmup.batch_size} leaves none for some of learners: {self.learners}"
             )
-        spread = {"tensor_parallel_size", "pipeline_parallel_size"} & set(self.engine.args)
-        if self.engine.gpu_share < 1 and spread:
-            raise ValueError(
-                f"engine.gpu_share: {self.engine.gpu_share:g} is of one GPU; leave out {sorted(spread)[0]}"
-            )
-        if self.teacher.kind == "openai" and not (self.teacher.base_url and self.teacher.model):
-            raise ValueError("teacher.kind: openai needs teacher.base_url and teacher.model")
         faithful = self.recipe == "rporec" and self.reward.faithfulness
         if not self.tiny_backbone and faithful and self.reward.embedder is None:
             raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")
-        if self.slices.warmup + self.slices.head + self.slices.rl > 1 + 1e-9:
-            raise ValueError("slices: warmup + head + rl is more than 1")
         if self.tiny_backbone:
             self._check_tiny()
-        for name, bounds in (("icepop", self.rl.icepop), ("sequence_mask", self.rl.sequence_mask)):
-            if bounds is not None and not 0 <= bounds[0] < bounds[1]:
-                raise ValueError(f"rl.{name}: {list(bounds)} is no interval; write [low, high] with 0 <= low < high")
-        if self.head.reranker and not self.head_experts:
-            raise ValueError("head: reranker ranks what the experts propose; it needs experts: true")
-        if self.head.dim % self.head.heads:
-            raise ValueError("head: dim must divide by heads")
         return self
 
     def _check_rere(self) -> None:
@@ -422,15 +454,15 @@ class Config(Section):
             raise ValueError("recipe: rere needs rl.temperature: 1; beams go by the policy's own log-probabilities")
 
     def _check_tiny(self) -> None:
-        shape, longest = self.tiny, max(self.sampling.max_tokens, self.rl_max_tokens)
+        shape = self.tiny
         if shape.hidden % shape.heads or shape.heads % shape.kv_heads:
             raise ValueError("tiny: hidden must divide by heads, and heads by kv_heads")
         width = shape.hidden // shape.heads
         if self.engine.kind == "vllm" and width not in VLLM_HEAD_WIDTHS:
             known = ", ".join(map(str, VLLM_HEAD_WIDTHS))
             raise ValueError(f"tiny: hidden / heads is {width}, and vLLM has attention for {known}; change tiny.heads")
-        if longest >= shape.context:
-            raise ValueError(f"tiny.context: {shape.context} tokens leave no prompt beside max_tokens: {longest}")
+        if self.reserve >= shape.context:
+            raise ValueError(f"tiny.context: {shape.context} tokens leave no prompt beside max_tokens: {self.reserve}")
 
 
 def load_config(path: Path | str | None, overrides: list[str] = ()) -> Config:  # type: ignore[assignment]
@@ -505,6 +537,8 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not key:
         return message
+    if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section, named by one of its keys
+        return f"{key}.{message}"
     return f"{key}: {message} (got {first['input']!r})"
 
 

@@ -56,7 +56,7 @@ def _prompt(recipe: RPORec) -> dict[str, Any]:
         "tiny": config.tiny_backbone,
         "window": recipe.dataset.window,
         "context": recipe.context,
-        "reserve": max(config.sampling.max_tokens, config.rl_max_tokens),
+        "reserve": config.reserve,
     }
 
 

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from rporec.files import FolderWatch, replacing, sync
 
-NO_CHOICE = ("dislike", "impression")  # events by which a user did not choose an item
+# Events by which a user did not choose an item: as a next one to predict it would teach what was refused or only shown.
+NO_CHOICE = ("dislike", "impression")
 
 SCHEMA = pa.schema(
     [

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from rporec.data.catalog import Catalog
 from rporec.data.columns import IdColumn, NumberColumn, TimeColumn
 from rporec.data.errors import DataError, Origin, at, locate
+from rporec.data.feedback import NO_CHOICE
 from rporec.data.folder import Progress, check_free, new_folder, silent
 from rporec.data.items import read_catalog
 from rporec.data.order import stable_order
@@ -30,9 +31,6 @@ from rporec.data.sources import Given, Source, count_rows, open_sources, stream
 from rporec.data.splits import SplitRule, k_core, split_codes
 
 WORLD = "world.json"  # of a synthetic source; travels along so that its ceiling can be computed
-
-# Events that are no choice of the user: as a next item to predict they would teach what was refused or only shown.
-NO_CHOICE = ("dislike", "impression")
 
 
 @dataclass(frozen=True, eq=False)

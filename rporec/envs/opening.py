@@ -74,8 +74,7 @@ def _written(dataset: Dataset) -> tuple[Dataset, PromptWriter]:
 
     config = UNTRAINED
     tokenizer = fit_tokenizer(tokenizer_texts(ItemWriter(dataset, config.text)), config.tiny.vocabulary)
-    reserve = max(config.sampling.max_tokens, config.rl_max_tokens)
-    return dataset, PromptWriter(dataset, config.text, tokenizer, True, config.tiny.context, reserve)
+    return dataset, PromptWriter(dataset, config.text, tokenizer, True, config.tiny.context, config.reserve)
 
 
 def _untrained(dataset: Dataset, exclude_history: bool | None) -> Judge:

@@ -77,7 +77,7 @@ class CountedExperts:
         """Counted on `samples`, int64 [S]; None where heads are to have none."""
         dataset, config = self.recipe.dataset, self.recipe.config
         key = samples.tobytes()
-        if config.head_experts and key not in self._counted:
+        if config.head.has_experts and key not in self._counted:
             rows, known = rows_of(dataset, samples), next(iter(self._counted.values()), None)
             counted = known.refitted(dataset, rows) if known else Experts.fit(dataset, rows)
             if config.head.reranker:

@@ -31,9 +31,8 @@ class RPORec(BaseRecipe):
     def writer(self) -> PromptWriter:  # type: ignore[override]
         from rporec.models.backbone import load_tokenizer
 
-        reserve = max(self.config.sampling.max_tokens, self.config.rl_max_tokens)
-        tokenizer = load_tokenizer(self.model)
-        return PromptWriter(self.dataset, self.config.text, tokenizer, self.config.tiny_backbone, self.context, reserve)
+        config, tokenizer = self.config, load_tokenizer(self.model)
+        return PromptWriter(self.dataset, config.text, tokenizer, config.tiny_backbone, self.context, config.reserve)
 
     def rollout_spec(self, seed: int) -> SamplingSpec:
         """The full distribution at the RL temperature: truncation would not be the policy's own."""

@@ -23,8 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rporec.report.sources import dig, mapping, number, records, words
-
-LIVE_STATES = ("PENDING", "RUNNING", "GENERATED", "SCORED", "READY", "CONSUMED")
+from rporec.status import STATES
 
 
 class LiveTable:
@@ -146,7 +145,7 @@ class LiveTable:
 
     def _groups(self) -> list[str]:
         groups = mapping(self._status.get("groups"))
-        return [f"{s.lower()} {n:,.0f}" for s in LIVE_STATES if (n := number(groups.get(s))) is not None]
+        return [f"{s.lower()} {n:,.0f}" for s in STATES if (n := number(groups.get(s))) is not None]
 
     def _drops(self) -> str:
         reasons = mapping(dig(self._status, "groups", "DROPPED"))

@@ -46,11 +46,14 @@ REFUSED = {
         {"rl": {"loss": "gspo", "correction": "icepop"}},
         "rl.correction: icepop",
     ),
-    "interval upside down": ({"rl": {"icepop": [5, 0.5]}}, "rl.icepop: [5.0, 0.5] is no interval"),
+    "interval upside down": (
+        {"rl": {"icepop": [5, 0.5]}},
+        "rl.icepop: no interval; write [low, high] with 0 <= low < high (got [5, 0.5])",
+    ),
     "sequence mask upside down": ({"rl": {"sequence_mask": [2, 2]}}, "rl.sequence_mask: "),
     "a share of several GPUs": (
         {"engine": {"gpu_share": 0.5, "args": {"tensor_parallel_size": 2}}},
-        "engine.gpu_share: 0.5 is of one GPU; leave out tensor_parallel_size",
+        "engine.gpu_share: 0.5 is of one GPU; leave out args.tensor_parallel_size",
     ),
     "endpoint without address": ({"teacher": {"kind": "openai"}}, "teacher.kind: openai needs teacher.base_url"),
     "uneven learners": ({"learners": 3, "groups_per_step": 64}, "groups_per_step: 64 is no multiple of learners: 3"),
@@ -62,9 +65,12 @@ REFUSED = {
         {"recipe": "preference", "rere": {"identity": "semantic"}, "lora": {"rank": 2}, "backbone": "some/llm"},
         "rere.identity: semantic adds tokens, whose embeddings lora does not train",
     ),
-    "no such split": ({"data": {"split": "random"}}, "data.split: 'random' is none of"),
+    "no such split": (
+        {"data": {"split": "random"}},
+        "data.split: none of time[:8:1:1], leave-one-out, column:NAME (got 'random')",
+    ),
     "faithfulness without embedder": ({"backbone": "some/llm"}, "reward.faithfulness needs reward.embedder"),
-    "more than everything": ({"slices": {"warmup": 0.9}}, "slices: "),
+    "more than everything": ({"slices": {"warmup": 0.9}}, "slices.warmup: together with head and rl it is more than 1"),
     "more genres than there are": ({"data": {"synthetic": {"genres": 21}}}, "data.synthetic.genres: "),
     "heads that do not divide": (
         {"tiny": {"hidden": 128, "heads": 3, "kv_heads": 1}},
@@ -72,10 +78,10 @@ REFUSED = {
     ),
     "heads too narrow for vLLM": (NARROW, "tiny: hidden / heads is 16, and vLLM has attention for 32,"),
     "no room for a prompt": ({"tiny": {"context": 64}}, "tiny.context: 64 tokens leave no prompt"),
-    "head width": ({"head": {"dim": 30}}, "head: dim must divide by heads"),
+    "head width": ({"head": {"dim": 30}}, "head.dim: 30 does not divide by heads: 4"),
     "reranker without experts": (
         {"head": {"reranker": True, "experts": False}},
-        "head: reranker ranks what the experts propose; it needs experts: true",
+        "head.reranker: ranks what the experts propose; it needs experts: true",
     ),
 }
 
