@@ -15,7 +15,7 @@ from torch import nn
 from rporec.baselines.family import Parameters
 from rporec.baselines.next_item_network import DIM, NetworkFamily
 from rporec.config import HeadConfig
-from rporec.models.rechead import Transformer
+from rporec.models.transformer import Transformer
 
 LAYERS, HEADS = 2, 2
 

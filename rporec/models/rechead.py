@@ -35,7 +35,9 @@ from rporec.data import Catalog
 from rporec.files import replacing
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
+from rporec.models.head_items import ItemVectors, in_order, joined
 from rporec.models.text_encoder import Ragged, TextEncoder, Vocabulary
+from rporec.models.transformer import Transformer, mlp
 
 SCORE_BATCH = 512  # samples scored at once
 TEXT_SCALE = 3.0  # norm of a text's vector at the start: an exact match then scores 9, a stranger about 0
@@ -106,10 +108,10 @@ class RecHead(nn.Module):
         config, dim = self.config, self.config.dim
         self.answer_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
         self.cot_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
-        self.cot_mlp = _mlp(dim, config.dropout)
+        self.cot_mlp = mlp(dim, config.dropout)
         if config.history == "text":
             self.history_encoder = TextEncoder(self.vocabulary, dim, TEXT_SCALE)
-            self.history_mlp = _mlp(dim, config.dropout)
+            self.history_mlp = mlp(dim, config.dropout)
         else:
             self.item_table = nn.Parameter(torch.randn(len(self.catalog), dim) * 0.02)
             self.item_bias = nn.Parameter(torch.zeros(len(self.catalog)))
@@ -346,7 +348,7 @@ class RecHead(nn.Module):
         texts = Catalog(catalog.table.take(new))
         added = self.vocabulary.encode([texts.text(item) for item in range(len(new))])
         words = Ragged(self.item_words.cpu().numpy(), self.item_offsets.cpu().numpy()).joined(added)
-        if not _in_order(source):
+        if not in_order(source):
             words = words.take(source)
         device = self.item_words.device
         replaced: list[tuple[Any, Any]] = [
@@ -354,11 +356,11 @@ class RecHead(nn.Module):
             (self.experts, self.experts and self.experts.with_catalog(catalog, rows)),
             (self.item_words, torch.from_numpy(words.ids).to(device)),
             (self.item_offsets, torch.from_numpy(words.offsets).to(device)),
-            (self.known, _joined(self.known, self.known.new_zeros(len(new)), source)),
+            (self.known, joined(self.known, self.known.new_zeros(len(new)), source)),
         ]
         if self.config.history == "sequence":
             for old in (self.item_table, self.item_bias):
-                value = _joined(old.detach(), old.new_zeros(len(new), *old.shape[1:]), source)
+                value = joined(old.detach(), old.new_zeros(len(new), *old.shape[1:]), source)
                 replaced.append((old, nn.Parameter(value, requires_grad=old.requires_grad)))
         if self._frozen_items is not None:
             vectors = self._by_words(torch.from_numpy(added.ids).to(device), torch.from_numpy(added.offsets).to(device))
@@ -434,58 +436,6 @@ class RecHead(nn.Module):
         return head
 
 
-@dataclass(frozen=True)
-class ItemVectors:
-    """N items. `text` from the answer's table, `full` with the ID row, `past` as history tokens."""
-
-    text: torch.Tensor  # [N, dim]; `full` itself where the fusion leaves no component for it
-    full: torch.Tensor  # [N, dim]
-    past: torch.Tensor  # [N, dim]
-    bias: torch.Tensor | None  # [N]
-    whole: torch.Tensor | None = None  # [N, D], where the others are views of it
-
-    def of(self, component: str) -> torch.Tensor:
-        """What a component's query meets, [N, dim]."""
-        return self.text if component == "text" else self.full
-
-    @property
-    def matrix(self) -> torch.Tensor:
-        """[N, D]: `full`, `text` where it is another, and the bias, side by side."""
-        if self.whole is not None:
-            return self.whole
-        parts = [self.full] if self.text is self.full else [self.full, self.text]
-        return torch.cat(parts if self.bias is None else [*parts, self.bias[:, None]], dim=1)
-
-    def packed(self) -> ItemVectors:
-        """The same as views of `matrix`, so that a large catalogue is held once."""
-        return self._views(self.matrix, self.past)
-
-    def joined(self, new: ItemVectors, source: np.ndarray) -> ItemVectors:
-        """These and `new` behind them, then of all these the rows `source`; packed."""
-        past = self.past if self.past is self.full else _joined(self.past, new.past, source)
-        return self._views(_joined(self.matrix, new.matrix, source), past)
-
-    def _views(self, matrix: torch.Tensor, past: torch.Tensor) -> ItemVectors:
-        dim = self.full.shape[1]
-        full = matrix[:, :dim]
-        return ItemVectors(
-            text=full if self.text is self.full else matrix[:, dim : 2 * dim],
-            full=full,
-            past=full if self.past is self.full else past,
-            bias=None if self.bias is None else matrix[:, -1],
-            whole=matrix,
-        )
-
-
-def _joined(old: torch.Tensor, new: torch.Tensor, source: np.ndarray) -> torch.Tensor:
-    both = torch.cat([old, new])
-    return both if _in_order(source) else both[source]
-
-
-def _in_order(source: np.ndarray) -> bool:
-    return np.array_equal(source, np.arange(len(source)))
-
-
 def catalog_hash(catalog: Catalog) -> str:
     """SHA-256 of the item ids in order."""
     return hashlib.sha256("\n".join(catalog.ids).encode()).hexdigest()
@@ -493,31 +443,3 @@ def catalog_hash(catalog: Catalog) -> str:
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
     return {name.removeprefix(prefix): value.numpy() for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _mlp(dim: int, dropout: float) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(dim, dim))
-
-
-class Transformer(nn.Module):
-    """Pre-norm blocks over [B, L, dim]; dropout on their outputs alone, because masks cost CPU time."""
-
-    def __init__(self, config: HeadConfig, causal: bool) -> None:
-        super().__init__()
-        dim, layers = config.dim, range(config.layers)
-        self.causal, self.heads, self.dropout = causal, config.heads, config.dropout
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(2 * config.layers + 1))
-        self.inner = nn.ModuleList(nn.Linear(dim, 3 * dim) for _ in layers)
-        self.outer = nn.ModuleList(nn.Linear(dim, dim) for _ in layers)
-        self.widen = nn.ModuleList(nn.Linear(dim, 2 * dim) for _ in layers)
-        self.narrow = nn.ModuleList(nn.Linear(2 * dim, dim) for _ in layers)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in range(len(self.inner)):
-            projected = self.inner[layer](self.norms[2 * layer](x)).unflatten(2, (3, self.heads, -1))
-            query, key, value = projected.permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
-            x = x + F.dropout(self.outer[layer](mixed.transpose(1, 2).flatten(2)), self.dropout, self.training)
-            hidden = F.gelu(self.widen[layer](self.norms[2 * layer + 1](x)), approximate="tanh")
-            x = x + F.dropout(self.narrow[layer](hidden), self.dropout, self.training)
-        return self.norms[-1](x)
