@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from rporec.config import HeadConfig
 from rporec.evaluation.ranking import ndcg, ranks
-from rporec.models.experts import search_weights
+from rporec.models.weight_search import search_weights
 
 if TYPE_CHECKING:
     from torch import nn
