@@ -25,10 +25,11 @@ from benchmarks.result import result
 from benchmarks.rounds import Rounds, in_turns
 from rporec.config import Config
 from rporec.data import build, write_synthetic
+from rporec.data.slices import rows_of
 from rporec.engine.types import FIRST_VERSION, Generated
 from rporec.engine.vllm import VllmEngine
 from rporec.models.backbone import load_tokenizer, make_tiny
-from rporec.models.experts import Experts, rows_of
+from rporec.models.experts import Experts
 from rporec.models.rechead import RecHead
 from rporec.recipes.rporec import RPORec
 from rporec.rl.rollout_schema import Lease, rollout_batch

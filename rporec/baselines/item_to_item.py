@@ -16,7 +16,7 @@ import scipy.sparse as sp
 from scipy.linalg import lapack
 
 from rporec.baselines.family import Baseline, Parameters, Validation
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 from rporec.models.text_neighbours import TextVectors
 from rporec.models.transitions import newest, ones, shrunken, transitions
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from rporec.baselines.family import Baseline, Parameters, Validation
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 
 if TYPE_CHECKING:
     from rporec.data import Dataset

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from rporec.baselines.family import Baseline, Parameters, Validation
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 
 if TYPE_CHECKING:
     from rporec.data import Dataset

@@ -14,7 +14,7 @@ import numpy as np
 
 from rporec.baselines.family import CHUNK, Baseline, Parameters, Validation
 from rporec.config import ConfigError
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.weight_search import search_weights

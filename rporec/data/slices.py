@@ -1,4 +1,4 @@
-"""Training data cut by time: warm-up | head | RL, and what is fitted while validation chooses.
+"""What training may see: its samples cut by time into warm-up | head | RL, and the interactions that samples hold.
 
 A head trained on rationales that the target shaped learns to trust leaked answers, and RL on prompts
 that it has seen finds nothing left to gain. So the three see different samples, oldest first.
@@ -6,8 +6,9 @@ that it has seen finds nothing left to gain. So the three see different samples,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from rporec.config import Config, ConfigError
 
 if TYPE_CHECKING:
     from rporec.data import Dataset
+
+Split = Literal["train", "valid", "test"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,25 @@ def tuning_samples(dataset: Dataset, *, refit: bool) -> np.ndarray:
     train = dataset.split("train")
     follows_time = dataset.manifest.get("settings", {}).get("split") != "leave-one-out"
     return train[: len(train) - len(train) // 8] if follows_time and not refit else train
+
+
+def rows_of(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
+    """Interaction rows that these samples hold as target or history, int64, ascending.
+
+    For each user everything up to the last of the samples: what a head trained on them has seen.
+    """
+    last = np.full(len(dataset.user_ids), -1, dtype=np.int64)
+    np.maximum.at(last, dataset.sample_user[samples], dataset.sample_row[samples])
+    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
+    return np.flatnonzero(np.arange(len(dataset.items)) <= last[owner])
+
+
+def held_rows(dataset: Dataset, splits: Sequence[Split] = ("train",)) -> np.ndarray:
+    """Interaction rows that samples of these splits hold, as target or as history; int64, ascending.
+
+    For each user: everything up to the last sample of the splits. What a baseline may be fitted on.
+    """
+    return rows_of(dataset, np.concatenate([dataset.split(split) for split in splits]))
 
 
 def _newest(samples: np.ndarray, limit: int | None) -> np.ndarray:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 import scipy.sparse as sp
 
-from rporec.evaluation.cold import rows_of as rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.reranker import Reranker
 from rporec.models.text_neighbours import TextVectors, widened

@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from rporec.config import ConfigError
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.transitions import newest, ones
 

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from rporec.config import Config
-from rporec.data.slices import tuning_samples
-from rporec.models.experts import Experts, rows_of
+from rporec.data.slices import rows_of, tuning_samples
+from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead

@@ -12,9 +12,8 @@ import pyarrow as pa
 
 from rporec.config import Config, RewardConfig
 from rporec.data import Dataset
-from rporec.data.slices import train_slices
+from rporec.data.slices import rows_of, train_slices
 from rporec.evaluation.ranking import hit, ndcg, ranks
-from rporec.models.experts import rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.rl import rewards

@@ -21,9 +21,8 @@ from rporec.baselines.store import BaselineStore, families
 from rporec.baselines.text_rules import Blend
 from rporec.config import BASELINES, SyntheticConfig
 from rporec.data import Dataset, build
-from rporec.data.slices import tuning_samples
+from rporec.data.slices import held_rows, tuning_samples
 from rporec.data.synthetic import write_synthetic
-from rporec.evaluation.cold import held_rows
 from rporec.models.experts import HAIR, Experts
 from rporec.models.head_inputs import HeadInputs
 

@@ -13,8 +13,8 @@ import rporec.envs
 from rporec.baselines.popularity import Popularity
 from rporec.config import Config, ConfigError, HeadConfig, SyntheticConfig
 from rporec.data import DataError, Dataset, build, write_synthetic
+from rporec.data.slices import held_rows
 from rporec.envs.opening import small_world
-from rporec.evaluation.cold import held_rows
 from rporec.evaluation.ranking import ndcg, ranks
 from rporec.files import write_json
 from rporec.models.head_inputs import HeadInputs

@@ -7,8 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from rporec.data.slices import held_rows
 from rporec.evaluation.bootstrap import bootstrap_mean
-from rporec.evaluation.cold import cold_items, held_rows, popularity_strata
+from rporec.evaluation.cold import cold_items, popularity_strata
 from rporec.evaluation.ranking import hit, ndcg
 from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, write_metrics
 from rporec.evaluation.terminal import print_table

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pytest
 
 from rporec.data import Catalog, Dataset
-from rporec.models.experts import Experts, rows_of
+from rporec.data.slices import rows_of
+from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 
 DAY = 86_400

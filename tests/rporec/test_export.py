@@ -10,10 +10,11 @@ import yaml
 
 from rporec.config import ConfigError, HeadConfig, parse_config
 from rporec.data import Catalog, Dataset, build, write_synthetic
+from rporec.data.slices import rows_of
 from rporec.evaluation.table import RankTable, metrics, write_metrics
 from rporec.export import export_run
 from rporec.files import read_json, write_json
-from rporec.models.experts import Experts, rows_of
+from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.run import Run
 

@@ -10,9 +10,9 @@ import torch
 
 from rporec.config import SyntheticConfig, override, parse_config
 from rporec.data import build
-from rporec.data.slices import tuning_samples
+from rporec.data.slices import rows_of, tuning_samples
 from rporec.data.synthetic import write_synthetic
-from rporec.models.experts import Experts, rows_of
+from rporec.models.experts import Experts
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe, head_stage, load_recipe

@@ -11,7 +11,7 @@ from test_experts import dataset
 
 from rporec.config import ConfigError, HeadConfig
 from rporec.data import Catalog, Dataset
-from rporec.evaluation.cold import rows_of
+from rporec.data.slices import rows_of
 from rporec.models import reranker
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
