@@ -170,9 +170,8 @@ class TextKNN(LinearFamily):
 def _taken(dataset: Dataset, samples: np.ndarray) -> sp.csr_matrix:
     """float32 [users, N]: 1 where a user took an item."""
     rows = rows_of(dataset, samples)
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[rows]
     shape = len(dataset.user_ids), len(dataset.catalog)
-    taken = sp.csr_matrix((np.ones(len(rows), np.float32), (owner, dataset.items[rows])), shape=shape)
+    taken = sp.csr_matrix((np.ones(len(rows), np.float32), (dataset.owner[rows], dataset.items[rows])), shape=shape)
     taken.data[:] = 1  # however often
     return taken
 

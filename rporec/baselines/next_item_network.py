@@ -123,8 +123,7 @@ class NetworkFamily:
 def _histories(dataset: Dataset, samples: np.ndarray) -> list[np.ndarray]:
     """Items of each user that `samples` hold, oldest first; users with fewer than two are left out."""
     rows = rows_of(dataset, samples)
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[rows]
-    cuts = np.flatnonzero(np.diff(owner)) + 1
+    cuts = np.flatnonzero(np.diff(dataset.owner[rows])) + 1
     return [items for items in np.split(dataset.items[rows], cuts) if len(items) > 1]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,11 @@ class Dataset:
             sample_split=samples["split"].to_numpy(),
             window=manifest["settings"]["window"],
         )
+
+    @cached_property
+    def owner(self) -> np.ndarray:
+        """int64 [I] user of each row."""
+        return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
 
     def split(self, name: Literal["train", "valid", "test"]) -> np.ndarray:
         """int64 sample numbers of a split, in time order."""

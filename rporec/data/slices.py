@@ -71,8 +71,7 @@ def rows_of(dataset: Dataset, samples: np.ndarray) -> np.ndarray:
     """
     last = np.full(len(dataset.user_ids), -1, dtype=np.int64)
     np.maximum.at(last, dataset.sample_user[samples], dataset.sample_row[samples])
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
-    return np.flatnonzero(np.arange(len(dataset.items)) <= last[owner])
+    return np.flatnonzero(np.arange(len(dataset.items)) <= last[dataset.owner])
 
 
 def held_rows(dataset: Dataset, splits: Sequence[Split] = ("train",)) -> np.ndarray:

@@ -20,7 +20,7 @@ def transitions(dataset: Dataset, rows: np.ndarray, lags: int = LAGS) -> sp.csr_
 
     rows: positions in `dataset.items`, ascending.
     """
-    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[rows]
+    owner = dataset.owner[rows]
     items = dataset.items[rows]
     size = len(dataset.catalog)
     total = sp.csr_matrix((size, size), dtype=np.float32)

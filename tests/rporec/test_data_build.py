@@ -97,6 +97,7 @@ def test_time_split_is_chronological_and_histories_hold_the_past_alone(drawn, wi
         assert dataset.targets([sample])[0] == target
         assert dataset.times([sample])[0] == time
         assert dataset.user_ids[dataset.sample_user[sample]] == user
+        assert dataset.owner[dataset.sample_row[sample]] == dataset.sample_user[sample]
 
 
 @given(st.lists(st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(-3, 3)), max_size=30))

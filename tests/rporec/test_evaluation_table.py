@@ -1,12 +1,13 @@
 import json
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from rporec.data import Catalog, Dataset
 from rporec.data.slices import held_rows
 from rporec.evaluation.bootstrap import bootstrap_mean
 from rporec.evaluation.cold import cold_items, popularity_strata
@@ -15,36 +16,22 @@ from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, 
 from rporec.evaluation.terminal import print_table
 
 
-class Catalog(SimpleNamespace):
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class World:
-    """Three users over six items; what `rporec.data.Dataset` offers, as far as evaluation asks."""
-
-    user_ids: list = field(default_factory=lambda: ["ann", "bob", "cy"])
-    offsets: np.ndarray = field(default_factory=lambda: np.array([0, 4, 7, 9]))
-    items: np.ndarray = field(default_factory=lambda: np.array([0, 1, 2, 3, 1, 2, 4, 0, 5], dtype=np.int32))
-    sample_row: np.ndarray = field(default_factory=lambda: np.array([1, 2, 5, 3, 6, 8]))
-    sample_user: np.ndarray = field(default_factory=lambda: np.array([0, 0, 1, 0, 1, 2], dtype=np.int32))
-    sample_split: np.ndarray = field(default_factory=lambda: np.array([1, 1, 1, 3, 3, 3], dtype=np.int8))
-    catalog: Catalog = field(default_factory=lambda: Catalog(ids=[f"i{n}" for n in range(6)]))
-
-    def split(self, name):
-        return np.flatnonzero(self.sample_split == {"train": 1, "valid": 2, "test": 3}[name])
-
-    def targets(self, samples):
-        return self.items[self.sample_row[samples]]
-
-    def seen(self, sample):
-        return self.items[self.offsets[self.sample_user[sample]] : self.sample_row[sample]]
-
-
 @pytest.fixture
-def world():
-    return World()
+def world() -> Dataset:
+    """Three users over six items."""
+    return Dataset(
+        root=None,
+        manifest={},
+        catalog=Catalog(pa.table({"item_id": [f"i{n}" for n in range(6)]})),
+        user_ids=["ann", "bob", "cy"],
+        offsets=np.array([0, 4, 7, 9]),
+        items=np.array([0, 1, 2, 3, 1, 2, 4, 0, 5], np.int32),
+        timestamps=np.arange(9),
+        sample_user=np.array([0, 0, 1, 0, 1, 2], np.int32),
+        sample_row=np.array([1, 2, 5, 3, 6, 8]),
+        sample_split=np.array([1, 1, 1, 3, 3, 3], np.int8),
+        window=5,
+    )
 
 
 def test_both_conventions_come_from_the_same_scores(world):
@@ -123,15 +110,17 @@ def test_targets_that_training_never_showed_have_a_table_of_their_own(world):
     assert metrics(table, {}, "test", [0], "all", cold=())["conventions"]["all"]["cold"]["methods"] == {}
 
 
-def test_strata_hold_a_fifth_of_what_train_shows_at_either_end():
+def test_strata_hold_a_fifth_of_what_train_shows_at_either_end(world):
     items = np.array([3, 1, 3, 3, 1, 0, 3, 2, 1, 3, 4], dtype=np.int32)  # 4 alone comes after train's last sample
-    world = World(
+    world = replace(
+        world,
         user_ids=["ann"],
         offsets=np.array([0, 11]),
         items=items,
+        timestamps=np.arange(11),
         sample_row=np.array([9, 10]),
-        sample_user=np.array([0, 0], dtype=np.int32),
-        sample_split=np.array([1, 3], dtype=np.int8),
+        sample_user=np.array([0, 0], np.int32),
+        sample_split=np.array([1, 3], np.int8),
     )
     # Shares of train: 3 has .5, 1 has .3, the others .1 each; an item belongs where its share begins.
     assert popularity_strata(world) == {"head": {"i3"}, "middle": {"i1"}, "tail": {"i0", "i2"}}
