@@ -68,7 +68,7 @@ class Validation:
 
     def exclude(self, samples: np.ndarray) -> list[np.ndarray] | None:
         """Items that leave each sample's ranking."""
-        return [self.dataset.seen(int(sample)) for sample in samples] if self.exclude_history else None
+        return self.dataset.seen_of(samples) if self.exclude_history else None
 
     def ndcg(self, baseline: Baseline) -> float:
         """NDCG@10; 0 without samples."""

@@ -35,7 +35,7 @@ class ItemToItem:
     recent: int  # newest items that count, their weights falling linearly; or EVERY
 
     def scores(self, dataset: Dataset, samples: np.ndarray) -> np.ndarray:
-        seen, size = [dataset.seen(int(sample)) for sample in samples], self.matrix.shape[0]
+        seen, size = dataset.seen_of(samples), self.matrix.shape[0]
         if self.recent == EVERY:
             history = ones([np.unique(items) for items in seen], size)
         else:

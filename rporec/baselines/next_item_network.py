@@ -58,7 +58,7 @@ class Network:
 
     @torch.no_grad()
     def scores(self, dataset: Dataset, samples: np.ndarray) -> np.ndarray:
-        history, length = _padded([dataset.seen(int(sample))[-self.window :] for sample in samples], self.window)
+        history, length = _padded([items[-self.window :] for items in dataset.seen_of(samples)], self.window)
         self.network.eval()
         last = self.network.states(history)[torch.arange(len(history)), length - 1]
         return torch.addmm(self.network.bias, last, self.network.items.T).numpy()

@@ -92,4 +92,4 @@ class RerankedBlend(Blend):
 
 
 def _inputs(dataset: Dataset, samples: np.ndarray) -> HeadInputs:
-    return HeadInputs.without_text([dataset.seen(int(sample)) for sample in samples], dataset.times(samples))
+    return HeadInputs.without_text(dataset.seen_of(samples), dataset.times(samples))

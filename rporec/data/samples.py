@@ -90,6 +90,10 @@ class Dataset:
         """int32 items: ALL that the user took before the target, oldest first."""
         return self.items[self.offsets[self.sample_user[sample]] : self.sample_row[sample]]
 
+    def seen_of(self, samples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
+        """`seen` of each of the samples."""
+        return [self.seen(sample) for sample in samples]
+
 
 def is_built(folder: Path | str) -> bool:
     """Whether the folder holds a data set that `build` finished."""

@@ -122,7 +122,7 @@ class Task:
         if self.judge is not None:
             scored = self.judge(asked, [parse(self._text(ids)) for ids in actions])
         else:
-            seen = [self.dataset.seen(int(sample)) for sample in asked] if self.exclude_history else None
+            seen = self.dataset.seen_of(asked) if self.exclude_history else None
             scored = rewards.score(self._scores(actions), self.dataset.targets(asked), seen, None, RewardConfig())
         paid = np.where(scored.masked, np.nan, scored.reward_without_entropy)
         return [

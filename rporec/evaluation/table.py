@@ -181,7 +181,7 @@ class RankTable:
         """Rank the targets of `samples` [B] by `scores` [B, N] in both conventions, or in one, and append the rows."""
         targets = dataset.targets(samples)
         for convention in conventions:
-            seen = [dataset.seen(int(sample)) for sample in samples] if convention == "exclude_history" else None
+            seen = dataset.seen_of(samples) if convention == "exclude_history" else None
             self.add(dataset, method, convention, samples, ranks(scores, targets, seen))
 
     def drop(self, methods: Iterable[str]) -> None:

@@ -68,8 +68,7 @@ def rank(
             found, asked = method.scores(chunk), method.samples[chunk]
             table.add_scores(dataset, method.name, asked, found, wanted)
             for convention in wanted:
-                masks = convention == "exclude_history"
-                seen = [dataset.seen(int(sample)) for sample in asked] if masks else None
+                seen = dataset.seen_of(asked) if convention == "exclude_history" else None
                 lists[convention].add(method.name, asked, found, seen)
     return Ranked(table, lists)
 

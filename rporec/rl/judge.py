@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def head_inputs(dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Sequence[str] | None) -> HeadInputs:
     """What the head reads: histories of `samples`, and one completion text for each (None: blank)."""
     samples = np.asarray(samples, np.int64)
-    seen = [dataset.seen(int(sample)) for sample in samples]
+    seen = dataset.seen_of(samples)
     if texts is None:
         return HeadInputs.without_text(seen, dataset.times(samples))
     parsed = [parse(text) for text in texts]
@@ -69,7 +69,7 @@ def score_completions(
     return rewards.score(
         head.scores(head_inputs(dataset, samples, [one.text for one in written])).numpy(),
         targets,
-        [dataset.seen(int(sample)) for sample in samples] if reward.mask_history else None,
+        dataset.seen_of(samples) if reward.mask_history else None,
         written,
         rewards.weights_for(reward, tiny=config.tiny_backbone),
         summaries=summaries,
@@ -117,8 +117,7 @@ class HeadJudge:
         """NDCG and hit rate at 10 of the first completion for each sample, in the headline's convention."""
         texts = [row[0]["text"] for row in written]
         scores = self.head.scores(head_inputs(self.dataset, samples, texts)).numpy()
-        excluded = [self.dataset.seen(int(sample)) for sample in samples]
-        exclude = excluded if self.config.data.headline == "exclude_history" else None
+        exclude = self.dataset.seen_of(samples) if self.config.data.headline == "exclude_history" else None
         places = ranks(scores, self.dataset.targets(samples), exclude)
         habits = self._habits(samples, texts)
         return {"ndcg@10": float(ndcg(places, 10).mean()), "hr@10": float(hit(places, 10).mean()), **habits}
@@ -130,8 +129,7 @@ class HeadJudge:
 
     def _habits(self, samples: np.ndarray, texts: Sequence[str]) -> dict[str, float]:
         written = [parse(text) for text in texts]
-        seen = [self.dataset.seen(int(sample)) for sample in samples]
-        habits = rewards.gaming([one.answer for one in written], seen, self.items.short)
+        habits = rewards.gaming([one.answer for one in written], self.dataset.seen_of(samples), self.items.short)
         histories = [self.dataset.history(int(sample)) for sample in samples]
         counts = [statements(one.cot, history, self.items) for one, history in zip(written, histories, strict=True)]
         if checkable := sum(count for _, count in counts):

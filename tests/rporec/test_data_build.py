@@ -91,6 +91,7 @@ def test_time_split_is_chronological_and_histories_hold_the_past_alone(drawn, wi
         dataset = make(Path(name), rows, window=window)
     assert [len(dataset.split(s)) for s in SPLITS] == [n * 8 // 10, n * 9 // 10 - n * 8 // 10, n - n * 9 // 10]
     assert np.concatenate([dataset.split(s) for s in SPLITS]).tolist() == list(range(n))
+    assert [items.tolist() for items in dataset.seen_of(range(n))] == [before for _, before, _ in samples]
     for sample, ((time, user, _), before, target) in enumerate(samples):
         assert dataset.seen(sample).tolist() == before
         assert dataset.history(sample).tolist() == before[-window:]

@@ -74,7 +74,7 @@ def test_popularity_steps_scores_and_earns_the_ndcg_that_evaluation_computes(dat
         assert over
         rewards.append(reward)
         infos.append(info)
-    seen = [dataset.seen(sample) for sample in samples] if exclude_history else None
+    seen = dataset.seen_of(samples) if exclude_history else None
     expected = ranks(popularity.scores(dataset, samples), dataset.targets(samples), seen)
     assert [info["rank"] for info in infos] == expected.tolist()
     assert [info["target"] for info in infos] == dataset.targets(samples).tolist()

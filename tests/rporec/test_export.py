@@ -74,7 +74,7 @@ def inputs(dataset: Dataset, number: int = 30) -> HeadInputs:
     samples = dataset.split("test")[:number]
     titles = [dataset.catalog.title(int(item)) for item in dataset.targets(samples)]
     return HeadInputs(
-        [dataset.seen(int(sample)) for sample in samples],
+        dataset.seen_of(samples),
         dataset.times(samples),
         [f"after {title}" for title in titles],
         titles,
