@@ -33,7 +33,7 @@ class TextRules:
     weights: dict[str, float]
 
     def scores(self, dataset: Dataset, samples: np.ndarray) -> np.ndarray:
-        return self.experts.weigh(_inputs(dataset, samples), self.weights).scores()
+        return self.experts.weigh(HeadInputs.of(dataset, samples), self.weights).scores()
 
     def arrays(self) -> dict[str, np.ndarray]:
         half_lives = {HALF_LIFE + name: np.array(value) for name, value in self.experts.half_lives.items()}
@@ -57,7 +57,7 @@ class Blend:
         experts, asked = self._experts(dataset, samples, seed), validation.samples
         weights: dict[str, float] = {}
         if len(asked):
-            chunked = (_inputs(dataset, asked[at : at + CHUNK]) for at in range(0, len(asked), CHUNK))
+            chunked = (HeadInputs.of(dataset, asked[at : at + CHUNK]) for at in range(0, len(asked), CHUNK))
             chunks = [experts.features(inputs, experts.joined) for inputs in chunked]
             parts = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in experts.joined}
             weights, _ = search_weights(parts, dataset.targets(asked), validation.exclude(asked))
@@ -89,7 +89,3 @@ class RerankedBlend(Blend):
             return experts.stacked(dataset, samples, seed=seed)
         except ConfigError:
             return experts
-
-
-def _inputs(dataset: Dataset, samples: np.ndarray) -> HeadInputs:
-    return HeadInputs.without_text(dataset.seen_of(samples), dataset.times(samples))

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+from rporec.text.completion import parse
+
+if TYPE_CHECKING:
+    from rporec.data import Dataset
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,24 @@ class HeadInputs:
 
     def __len__(self) -> int:
         return len(self.seen)
+
+    @classmethod
+    def of(
+        cls, dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Sequence[str] | None = None
+    ) -> HeadInputs:
+        """The histories of `samples` [B], and one completion text for each (None: blank)."""
+        samples = np.asarray(samples, np.int64)
+        seen, time = dataset.seen_of(samples), dataset.times(samples)
+        if texts is None:
+            return cls.without_text(seen, time)
+        parsed = [parse(text) for text in texts]
+        return cls(
+            seen,
+            time,
+            [completion.cot for completion in parsed],
+            [completion.answer for completion in parsed],
+            np.array([completion.format for completion in parsed], np.float32),
+        )
 
     @classmethod
     def without_text(cls, seen: list[np.ndarray], time: np.ndarray) -> HeadInputs:

@@ -97,7 +97,7 @@ class Reranker:
             asked = parts[number][spread] if len(parts[number]) else parts[number]
             for start in range(0, len(asked), CHUNK):
                 chunk = asked[start : start + CHUNK]
-                inputs = HeadInputs.without_text(dataset.seen_of(chunk), dataset.times(chunk))
+                inputs = HeadInputs.of(dataset, chunk)
                 found = candidates(before, inputs, before.sparse(inputs))
                 hit = found.items == dataset.targets(chunk)[found.rows]
                 kept = np.isin(found.rows, found.rows[hit])

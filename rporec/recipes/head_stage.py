@@ -17,7 +17,6 @@ from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe
-from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
 
@@ -50,20 +49,20 @@ def head_data(recipe: StagedRecipe, run: Run, stage: str = "stage1", slices: Seq
 def history_data(recipe: StagedRecipe) -> HeadData:
     """The head slice and validation without any text."""
     dataset, train, valid = recipe.dataset, recipe.slices.head, recipe.evaluated("valid")
-    train_inputs, valid_inputs = (head_inputs(dataset, samples, None) for samples in (train, valid))
+    train_inputs, valid_inputs = (HeadInputs.of(dataset, samples) for samples in (train, valid))
     return HeadData(train, train_inputs, dataset.targets(train), valid_inputs, dataset.targets(valid))
 
 
 def _part(recipe: StagedRecipe, folder: Path) -> tuple[np.ndarray, HeadInputs]:
     samples, texts = read_completions(folder)
-    return samples, head_inputs(recipe.dataset, samples, texts)
+    return samples, HeadInputs.of(recipe.dataset, samples, texts)
 
 
 def _silent(recipe: StagedRecipe, data: HeadData, others: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
     """Those of `others` that `data` has no completions for, without text, and their targets; with `head.samples: slice` none."""
     wanted = others if recipe.config.head.samples == "before_rl" else others[:0]
     silent = np.setdiff1d(wanted, data.samples)
-    return head_inputs(recipe.dataset, silent, None), recipe.dataset.targets(silent)
+    return HeadInputs.of(recipe.dataset, silent), recipe.dataset.targets(silent)
 
 
 class CountedExperts:

@@ -21,7 +21,6 @@ from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe
 from rporec.recipes.head_stage import final_head
 from rporec.recipes.rere import beams_of_test
-from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions, read_items
 from rporec.text.teacher import TemplateTeacher
@@ -90,13 +89,13 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
     """Heads, on what the LLM wrote before and after RL."""
     dataset, config = recipe.dataset, recipe.config
     history = final_head(run, recipe, "head_history")
-    yield Method("rechead_history", test, _scored(history, head_inputs(dataset, test, None)))
+    yield Method("rechead_history", test, _scored(history, HeadInputs.of(dataset, test)))
     head = final_head(run, recipe, "head")
     for stage in ("stage1", "stage2"):
         if not run.completions(stage, "test").is_dir():
             continue
         samples, texts = read_completions(run.completions(stage, "test"))
-        inputs = head_inputs(dataset, samples, texts)
+        inputs = HeadInputs.of(dataset, samples, texts)
         yield Method(f"rporec_{stage}", samples, _scored(head, inputs))
         if ablations:
             yield Method(f"rporec_{stage}_blank", samples, _scored(head, inputs.blank()))
@@ -104,7 +103,7 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
             yield Method(f"rporec_{stage}_shuffled", samples, _scored(head, shuffled))
         if run.completions(stage, "test_sampled").is_dir():
             samples, texts = read_completions(run.completions(stage, "test_sampled"))
-            inputs = head_inputs(dataset, samples, texts)
+            inputs = HeadInputs.of(dataset, samples, texts)
             yield Method(f"rporec_{stage}_sampled", samples, _scored(head, inputs))
             yield from voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
     yield from _more_warmup(recipe, run, head)
@@ -135,7 +134,7 @@ def _more_warmup(recipe: StagedRecipe, run: Run, frozen: RecHead) -> Iterator[Me
         if not run.completions("more_warmup", part).is_dir():
             continue
         samples, texts = read_completions(run.completions("more_warmup", part))
-        inputs = head_inputs(recipe.dataset, samples, texts)
+        inputs = HeadInputs.of(recipe.dataset, samples, texts)
         yield Method(f"rporec_stage1_moresft{suffix}", samples, _scored(own, inputs))
         yield Method(f"rporec_stage1_moresft_frozen{suffix}", samples, _scored(frozen, inputs))
 
@@ -145,17 +144,17 @@ def _refreshed(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray
     dataset = recipe.dataset
     if run.head("refreshed/history").is_dir():
         history = final_head(run, recipe, "refreshed/history")
-        yield Method("rechead_history_refreshed", test, _scored(history, head_inputs(dataset, test, None)))
+        yield Method("rechead_history_refreshed", test, _scored(history, HeadInputs.of(dataset, test)))
     for stage in ("stage1", "stage2"):
         if not run.head(f"refreshed/{stage}").is_dir():
             continue
         name, head = f"rporec_{stage}_refreshed", final_head(run, recipe, f"refreshed/{stage}")
         if ablations:
-            yield Method(f"{name}_blank", test, _scored(head, head_inputs(dataset, test, None)))
+            yield Method(f"{name}_blank", test, _scored(head, HeadInputs.of(dataset, test)))
         for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
             if run.completions(stage, part).is_dir():
                 samples, texts = read_completions(run.completions(stage, part))
-                yield Method(f"{name}{suffix}", samples, _scored(head, head_inputs(dataset, samples, texts)))
+                yield Method(f"{name}{suffix}", samples, _scored(head, HeadInputs.of(dataset, samples, texts)))
 
 
 def _scored(head: RecHead, inputs: HeadInputs) -> Scores:
@@ -177,5 +176,5 @@ def _ceilings(recipe: StagedRecipe, head_scores: Any | None, test: np.ndarray) -
         teacher = TemplateTeacher(recipe.writer.items, recipe.config.teacher.decision)
         guesses = oracle.argmax(axis=1)
         texts = [teacher.rationale(dataset.history(int(s)), int(guess)) for s, guess in zip(test, guesses, strict=True)]
-        inputs = head_inputs(dataset, test, texts)
+        inputs = HeadInputs.of(dataset, test, texts)
         yield Method("teacher", test, lambda chunk: head_scores(inputs.take(chunk)).numpy())

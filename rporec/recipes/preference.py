@@ -13,6 +13,7 @@ import numpy as np
 
 from rporec.config import ConfigError
 from rporec.engine.types import ItemSpec
+from rporec.models.head_inputs import HeadInputs
 from rporec.recipes.rere import ReRe
 from rporec.rl.packing import GroupTokens
 from rporec.rl.preference_learner import Auxiliary, Preferences
@@ -69,13 +70,12 @@ class Preference(ReRe):
         if self.config.preference.loss != "napo":
             return None
         from rporec.models.rechead import RecHead
-        from rporec.rl.judge import head_inputs
 
         head = RecHead.load(self.run.head("recommender"), self.dataset.catalog).freeze()
         head.experts = None
 
         def judge(samples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-            inputs = head_inputs(self.dataset, samples, None)
+            inputs = HeadInputs.of(self.dataset, samples)
             return head.query_vectors(inputs).numpy(), head.scores(inputs).numpy()
 
         return judge

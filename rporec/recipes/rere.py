@@ -21,6 +21,7 @@ from rporec.config import Config
 from rporec.data.slices import TrainSlices
 from rporec.engine.trie import write_sequences
 from rporec.engine.types import ItemSpec
+from rporec.models.head_inputs import HeadInputs
 from rporec.recipes.base import BaseRecipe
 from rporec.rl.item_judge import ItemJudge, ItemScores
 from rporec.text.completion_store import Part
@@ -140,8 +141,7 @@ class ReRe(BaseRecipe):
     def _recommender(self) -> ItemScores:
         """Its network alone: transitions and popularity counted over the RL slice would know the targets."""
         from rporec.models.rechead import RecHead
-        from rporec.rl.judge import head_inputs
 
         head = RecHead.load(self.run.head("recommender"), self.dataset.catalog).freeze()
         head.experts = None
-        return lambda samples: head.scores(head_inputs(self.dataset, samples, None)).numpy()
+        return lambda samples: head.scores(HeadInputs.of(self.dataset, samples)).numpy()

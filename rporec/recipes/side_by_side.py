@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rporec.evaluation.ranking import list_scores, ranks
+from rporec.models.head_inputs import HeadInputs
 from rporec.recipes import StagedRecipe
 from rporec.recipes.head_stage import final_head
-from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion import parse
 from rporec.text.completion_store import read_completions, read_items
@@ -52,7 +52,7 @@ def _shown_texts(recipe: StagedRecipe, run: Run, folder: Path, chosen: np.ndarra
     samples, texts = read_completions(folder)
     text_of = dict(zip(samples.tolist(), texts, strict=True))
     written = [text_of[int(sample)] for sample in chosen]
-    scores = head.scores(head_inputs(dataset, chosen, written)).numpy()
+    scores = head.scores(HeadInputs.of(dataset, chosen, written)).numpy()
     exclude = dataset.seen_of(chosen) if recipe.config.data.headline == "exclude_history" else None
     places = ranks(scores, dataset.targets(chosen), exclude).tolist()
     parsed = [parse(text) for text in written]

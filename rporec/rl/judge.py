@@ -27,22 +27,6 @@ if TYPE_CHECKING:
     from rporec.rl.frozen import Summarizer
 
 
-def head_inputs(dataset: Dataset, samples: Sequence[int] | np.ndarray, texts: Sequence[str] | None) -> HeadInputs:
-    """What the head reads: histories of `samples`, and one completion text for each (None: blank)."""
-    samples = np.asarray(samples, np.int64)
-    seen = dataset.seen_of(samples)
-    if texts is None:
-        return HeadInputs.without_text(seen, dataset.times(samples))
-    parsed = [parse(text) for text in texts]
-    return HeadInputs(
-        seen=seen,
-        time=dataset.times(samples),
-        cot=[completion.cot for completion in parsed],
-        answer=[completion.answer for completion in parsed],
-        format=np.array([completion.format for completion in parsed], np.float32),
-    )
-
-
 def score_completions(
     head: RecHead,
     dataset: Dataset,
@@ -67,7 +51,7 @@ def score_completions(
             targets, samples, len(dataset.catalog), negatives=reward.negatives, seed=config.seed
         )
     return rewards.score(
-        head.scores(head_inputs(dataset, samples, [one.text for one in written])).numpy(),
+        head.scores(HeadInputs.of(dataset, samples, [one.text for one in written])).numpy(),
         targets,
         dataset.seen_of(samples) if reward.mask_history else None,
         written,
@@ -116,7 +100,7 @@ class HeadJudge:
     def validate(self, samples: np.ndarray, written: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
         """NDCG and hit rate at 10 of the first completion for each sample, in the headline's convention."""
         texts = [row[0]["text"] for row in written]
-        scores = self.head.scores(head_inputs(self.dataset, samples, texts)).numpy()
+        scores = self.head.scores(HeadInputs.of(self.dataset, samples, texts)).numpy()
         exclude = self.dataset.seen_of(samples) if self.config.data.headline == "exclude_history" else None
         places = ranks(scores, self.dataset.targets(samples), exclude)
         habits = self._habits(samples, texts)

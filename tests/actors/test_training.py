@@ -17,10 +17,10 @@ from actors.debug import saved_groups
 from rporec.evaluation.ranking import ndcg
 from rporec.evaluation.ranking import ranks as all_ranks
 from rporec.files import read_json, read_lines
+from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.recipes import load_recipe
 from rporec.recipes.head_stage import head_data
-from rporec.rl.judge import head_inputs
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
 
@@ -68,7 +68,7 @@ def test_refreshed_heads_have_the_rl_slice_too_and_differ_in_what_their_llm_wrot
         assert {line["head"] for line in read_lines(run.folder / f"refreshed_{stage}.jsonl")} >= {f"refreshed/{stage}"}
         head = RecHead.load(run.head(f"refreshed/{stage}"), dataset.catalog)
         samples, texts = read_completions(run.completions(stage, "test"))
-        scores = head.scores(head_inputs(dataset, samples, texts)).numpy()
+        scores = head.scores(HeadInputs.of(dataset, samples, texts)).numpy()
         rows = ranks[(ranks.method == f"rporec_{stage}_refreshed") & (ranks.convention == "all")]
         expected = dict(zip(samples.tolist(), all_ranks(scores, dataset.targets(samples), None), strict=True))
         assert dict(zip(rows["sample"], rows["rank"], strict=True)) == expected

@@ -144,7 +144,7 @@ def test_text_neighbours_may_include_the_item_itself(world):
 def test_the_blend_is_the_weighted_sum_of_its_components(world, validation):
     model = fitted("text_rules", world)
     test = world.split("test")[:20]
-    inputs = HeadInputs.without_text(world.seen_of(test), world.times(test))
+    inputs = HeadInputs.of(world, test)
     parts = model.experts.features(inputs)
     expected = sum(weight * parts[name] for name, weight in model.weights.items())
     assert np.allclose(model.scores(world, test), expected, atol=1e-5)
@@ -157,7 +157,7 @@ def test_the_reranked_blend_has_the_reranker_that_a_head_would_have(world):
     train, test = world.split("train"), world.split("test")[:20]
     model = families()["text_rules_reranked"].fit(world, train, PARAMETERS["text_rules_reranked"], 3)
     experts = Experts.fit(world, held_rows(world)).stacked(world, train, seed=3)
-    inputs = HeadInputs.without_text(world.seen_of(test), world.times(test))
+    inputs = HeadInputs.of(world, test)
     parts = experts.features(inputs)
     expected = 0.5 * parts["rules"] + 0.1 * parts["popularity"] + parts["reranked"]
     assert np.allclose(model.scores(world, test), expected, atol=1e-5)

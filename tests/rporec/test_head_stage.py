@@ -13,10 +13,10 @@ from rporec.data import build
 from rporec.data.slices import rows_of, tuning_samples
 from rporec.data.synthetic import write_synthetic
 from rporec.models.experts import Experts
+from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe, head_stage, load_recipe
-from rporec.rl.judge import head_inputs
 from rporec.run import Run
 
 CONFIG = {
@@ -49,7 +49,7 @@ def by_hand(recipe: StagedRecipe, samples: np.ndarray) -> RecHead:
     """One epoch on `samples`, in this order."""
     dataset = recipe.dataset
     head = RecHead(dataset.catalog, recipe.config.head, window=dataset.window, seed=recipe.config.seed)
-    train_head(head, head_inputs(dataset, samples, None), dataset.targets(samples), seed=recipe.config.seed)
+    train_head(head, HeadInputs.of(dataset, samples), dataset.targets(samples), seed=recipe.config.seed)
     return head
 
 
@@ -95,7 +95,7 @@ def test_what_a_recommender_says_of_beams_is_its_network_alone(run) -> None:
     changes = ["recipe=rere", "max_staleness=0", "rere.collaborative=1", "head.fusion=residual"]
     recipe = trained(run, *changes, name="recommender")
     head, samples = RecHead.load(run.head("recommender"), recipe.dataset.catalog), recipe.slices.rl[:5]
-    inputs = head_inputs(recipe.dataset, samples, None)
+    inputs = HeadInputs.of(recipe.dataset, samples)
     with_experts = head.scores(inputs).numpy()
     head.experts = None
     network = head.scores(inputs).numpy()

@@ -18,11 +18,11 @@ from rporec.config import Config, SyntheticConfig, override, parse_config
 from rporec.data import build
 from rporec.data.synthetic import write_synthetic
 from rporec.files import write_json
+from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.models.trainable import learner_environment
 from rporec.recipes.head_stage import CountedExperts, history_data, train_stage_head
 from rporec.recipes.preference import Preference
-from rporec.rl.judge import head_inputs
 from rporec.rl.packing import by_length
 from rporec.rl.preference import boundary, dual_margin_beta
 from rporec.run import Run
@@ -160,7 +160,7 @@ def neighbours(run: Run, recipe: Preference, groups: list[Any]) -> list[list[tup
     """Per prompt (prompt, completion, margin) of every negative that counts for it."""
     head = RecHead.load(run.head("recommender"), recipe.dataset.catalog).freeze()
     head.experts = None
-    inputs = head_inputs(recipe.dataset, [group.sample for group in groups], None)
+    inputs = HeadInputs.of(recipe.dataset, [group.sample for group in groups])
     users, scores = head.query_vectors(inputs).numpy(), head.scores(inputs).numpy()
     users = users / np.linalg.norm(users, axis=1, keepdims=True)
     [order] = by_length([group.tokens for group in groups], len(groups))  # as they stand in the micro-batch

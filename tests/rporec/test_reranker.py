@@ -46,7 +46,7 @@ def stacked(data: Dataset) -> Experts:
 
 def asked(data: Dataset, rows: int = 12) -> HeadInputs:
     samples = np.arange(0, len(data.sample_row), len(data.sample_row) // rows)[:rows]
-    return HeadInputs.without_text(data.seen_of(samples), data.times(samples))
+    return HeadInputs.of(data, samples)
 
 
 def test_candidates_are_what_an_expert_ranks_among_its_best(data: Dataset, stacked: Experts, monkeypatch) -> None:
