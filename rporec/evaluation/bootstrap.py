@@ -60,13 +60,6 @@ def pooled_mean(
     return Estimate(value.reshape(trainings, columns).mean(axis=0), *_percentiles(pooled, level))
 
 
-def paired_difference(
-    first: np.ndarray, second: np.ndarray, users: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Estimate:
-    """`bootstrap_mean` of first - second on the samples that both have; [n, M] or [n] each."""
-    return bootstrap_mean(np.asarray(first) - np.asarray(second), users, resamples=resamples, seed=seed)
-
-
 def _means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(means [M], means of every resample [resamples, M]) of per-user sums [users, M], counts [users, M or 1]."""
     draws = np.empty((resamples, sums.shape[1]))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rporec.data.slices import Split, held_rows
+from rporec.data.slices import held_rows
 
 if TYPE_CHECKING:
     from rporec.data import Dataset
 
 
-def cold_items(dataset: Dataset, splits: Sequence[Split] = ("train",)) -> frozenset[str]:
-    """Ids of the items that no sample of these splits holds."""
+def cold_items(dataset: Dataset) -> frozenset[str]:
+    """Ids of the items that no training sample holds."""
     warm = np.zeros(len(dataset.catalog), dtype=bool)
-    warm[dataset.items[held_rows(dataset, splits)]] = True
+    warm[dataset.items[held_rows(dataset)]] = True
     return frozenset(dataset.catalog.ids[item] for item in np.flatnonzero(~warm))
 
 

@@ -184,11 +184,6 @@ class RankTable:
             seen = dataset.seen_of(samples) if convention == "exclude_history" else None
             self.add(dataset, method, convention, samples, ranks(scores, targets, seen))
 
-    def drop(self, methods: Iterable[str]) -> None:
-        """Forget these methods, so that they can be evaluated again."""
-        gone = pc.is_in(self.table["method"], value_set=pa.array(list(methods), pa.string()))
-        self._parts = [self.table.filter(pc.invert(gone))]
-
     def write(self, path: Path | str) -> None:
         """Write Parquet, all or nothing."""
         with replacing(Path(path)) as temporary:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from rporec.evaluation import bootstrap
-from rporec.evaluation.bootstrap import bootstrap_mean, paired_difference
+from rporec.evaluation.bootstrap import bootstrap_mean
 
 
 def by_hand(values: np.ndarray, users: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -28,15 +28,6 @@ def test_users_are_drawn_and_not_samples():
     clustered = bootstrap_mean(values, users)
     pretended = bootstrap_mean(values, np.arange(len(values)))
     assert (clustered.high - clustered.low)[0] > 3 * (pretended.high - pretended.low)[0]
-
-
-def test_a_paired_difference_cancels_what_two_methods_share():
-    rng = np.random.default_rng(0)
-    users = np.arange(200)
-    easy = rng.normal(size=200)
-    difference = paired_difference(easy + 0.1, easy, users)
-    assert difference.value[0] == pytest.approx(0.1)
-    assert difference.high[0] - difference.low[0] < 1e-9
 
 
 def test_the_same_seed_gives_the_same_interval_and_chunks_do_not_matter(monkeypatch):

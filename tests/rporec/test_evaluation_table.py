@@ -127,15 +127,6 @@ def test_strata_hold_a_fifth_of_what_train_shows_at_either_end(world):
     assert popularity_strata(world, share=0.5) == {"head": {"i3"}, "middle": set(), "tail": {"i0", "i1", "i2"}}
 
 
-def test_a_method_can_be_dropped_and_evaluated_again(world):
-    table, test = RankTable(), world.split("test")
-    table.add(world, "ease", "all", test, np.ones(3))
-    table.add(world, "rules", "all", test, np.ones(3))
-    table.drop(["ease"])
-    assert table.methods == ["rules"]
-    assert len(table.table) == 3
-
-
 @pytest.mark.parametrize("bad", [np.nan, 0.5, np.inf])
 def test_a_rank_that_is_none_is_refused(world, bad):
     with pytest.raises(ValueError, match="ease: a rank is"):
