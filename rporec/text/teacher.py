@@ -13,10 +13,7 @@ which the attribute decides.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from itertools import takewhile
-
-import numpy as np
 
 from rporec.text.completion import ANSWER, ANSWER_END, THINK, THINK_END
 from rporec.text.prompt import MARKER, SEPARATOR, History, ItemWriter
@@ -60,24 +57,12 @@ def statements(cot: str, history: History, writer: ItemWriter) -> tuple[int, int
     return true, checkable
 
 
-def count_statements(
-    cots: Sequence[str], histories: Sequence[History], writer: ItemWriter
-) -> tuple[np.ndarray, np.ndarray]:
-    """`statements` of a batch: (true, checkable), int32 [B] each."""
-    counts = [statements(cot, history, writer) for cot, history in zip(cots, histories, strict=True)]
-    table = np.array(counts, dtype=np.int32).reshape(-1, 2)
-    return table[:, 0], table[:, 1]
-
-
 class TemplateTeacher:
     """Writes the rationale of a training sample; free, exact, and short enough for a tiny model.
 
     decision: also state whether the target's attribute value is among the last ones ("so again V")
         or not ("so new V"). It is read off the target, so it may shape training text only.
     """
-
-    kind = "template"
-    model = "template"
 
     def __init__(self, writer: ItemWriter, decision: bool = False) -> None:
         self.writer = writer

@@ -7,7 +7,7 @@ from rporec.config import TextConfig
 from rporec.data import Catalog
 from rporec.text.completion import parse
 from rporec.text.prompt import ItemWriter
-from rporec.text.teacher import TemplateTeacher, count_statements, facts, statements, tokenizer_texts
+from rporec.text.teacher import TemplateTeacher, facts, statements, tokenizer_texts
 from rporec.text.tokenizer import fit_tokenizer
 
 CATALOG = Catalog(
@@ -76,13 +76,6 @@ def test_false_and_repeated_statements_are_seen_for_what_they_are():
 def test_statements_accept_any_text(text, history):
     true, checkable = statements(text, history, WRITER)
     assert 0 <= true <= checkable
-
-
-def test_statements_of_a_batch():
-    true, checkable = count_statements([cot([0, 1]), "run 4 ."], [[0, 1], [0]], WRITER)
-    assert true.tolist() == [4, 0]
-    assert checkable.tolist() == [4, 1]
-    assert count_statements([], [], WRITER)[0].shape == (0,)
 
 
 def test_template_words_are_whole_tokens_of_a_tokenizer_fitted_to_the_catalogue():
