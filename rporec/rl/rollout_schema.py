@@ -89,10 +89,6 @@ class GroupMeta:
         """The smallest version number that sampled a token: what staleness is measured by."""
         return min(version.number for version in self.versions)
 
-    @property
-    def newest(self) -> int:
-        return max(version.number for version in self.versions)
-
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"versions": [[version.attempt, version.number] for version in self.versions]}
 

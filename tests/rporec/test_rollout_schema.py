@@ -123,7 +123,7 @@ def test_rewards_are_null_until_scored_and_in_rows_whose_scoring_failed():
 def test_meta_holds_lengths_versions_and_rewards_but_no_token():
     meta = group_meta(batch())
     assert (meta.group, meta.tokens, meta.lengths, meta.format) == (7, 12, (10, 2), 0.5)
-    assert (meta.versions, meta.oldest, meta.newest) == ((Version(0, 4), Version(0, 5)), 4, 5)
+    assert (meta.versions, meta.oldest) == ((Version(0, 4), Version(0, 5)), 4)
     assert meta.reward_mean is None
     meta = group_meta(with_rewards(batch(), scored([0.25, 0.75], [False, False])), {"seen_answers": 0.5})
     assert (meta.reward_mean, meta.reward_std, meta.flat, meta.masked) == (0.5, 0.25, False, 0)
@@ -134,7 +134,7 @@ def test_meta_holds_lengths_versions_and_rewards_but_no_token():
 def test_oldest_is_the_smallest_number_whatever_the_attempt():
     rows = [generated(BAD, (Version(0, 5), 0, 1), (Version(1, 4), 1, 2))]
     meta = group_meta(rollout_batch(Lease(0, 0, np.array([1], np.int32), 0), rows, [BAD]))
-    assert (meta.oldest, meta.newest) == (4, 5)
+    assert meta.oldest == 4
 
 
 def test_masked_completions_neither_count_nor_make_a_group_differ():
