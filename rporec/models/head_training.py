@@ -16,8 +16,6 @@ from rporec.evaluation.ranking import ndcg, ranks
 from rporec.models.weight_search import search_weights
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from rporec.models.head_inputs import HeadInputs
     from rporec.models.rechead import Encoded, RecHead
 
@@ -45,21 +43,18 @@ def train_head(
     device: str = "cpu",
     rank: int = 0,
     world: int = 1,
-    wrap: Callable[[nn.Module], nn.Module] | None = None,
     progress: Callable[[int, float, float], None] | None = None,
 ) -> HeadReport:
     """Train `head` in place with its own config and leave it in its best state by validation NDCG@10.
 
     targets: int [B] of `train`. Without `valid` exactly `head.config.epochs` epochs run (a refit).
-    exclude_history: whether validation removes the user's earlier items. wrap: makes the module that
-    is called, such as DistributedDataParallel; without it gradients are averaged here when world > 1,
-    each rank taking every world-th row of the same batches. progress: called with (epoch, mean loss, NDCG@10).
+    exclude_history: whether validation removes the user's earlier items. world: ranks, each of which takes
+    every world-th row of the same batches; gradients are averaged. progress: called with (epoch, mean loss, NDCG@10).
     The same seed, inputs and world give the same head.
     """
     config = head.config
     head.to(device).train()
     head.known[_shown(train, targets)] = True
-    module = wrap(head) if wrap else head
     optimizer = _optimizer(head, config)
     encoded, wanted = head.encode(train), torch.from_numpy(np.asarray(targets, dtype=np.int64))
     check = _Validation(head, valid, valid_targets, exclude_history) if valid is not None else None
@@ -72,10 +67,10 @@ def train_head(
             losses = []
             for rows in _batches(encoded, config.batch_size, world, order_rng):
                 mine = rows[rank::world]
-                loss = module(encoded.take(mine, device), wanted[mine].to(device), generator)
+                loss = head(encoded.take(mine, device), wanted[mine].to(device), generator)
                 optimizer.zero_grad()
                 loss.backward()
-                if world > 1 and wrap is None:
+                if world > 1:
                     _average_gradients(head, world)
                 optimizer.step()
                 losses.append(loss.detach())

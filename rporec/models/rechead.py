@@ -269,18 +269,17 @@ class RecHead(nn.Module):
         }
 
     @torch.no_grad()
-    def network_components(self, encoded: Encoded, rows: np.ndarray | None = None) -> dict[str, np.ndarray]:
-        """`components` without the experts, of some rows (None: all)."""
-        rows = np.arange(len(encoded)) if rows is None else rows
+    def network_components(self, encoded: Encoded) -> dict[str, np.ndarray]:
+        """`components` without the experts."""
         names = ("fused",) if self.config.fusion == "paper" else ("history", "text")
-        result = {name: np.zeros((len(rows), len(self.catalog)), dtype=np.float32) for name in names}
+        result = {name: np.zeros((len(encoded), len(self.catalog)), dtype=np.float32) for name in names}
         with self._scoring():
             items = self.item_vectors()
-            for start in range(0, len(rows), SCORE_BATCH):
-                here = slice(start, start + SCORE_BATCH)
-                for name, query in self._read(encoded.take(rows[here], items.full.device), items).items():
+            for start in range(0, len(encoded), SCORE_BATCH):
+                rows = np.arange(start, min(start + SCORE_BATCH, len(encoded)))
+                for name, query in self._read(encoded.take(rows, items.full.device), items).items():
                     bias = 0 if items.bias is None or name == "text" else items.bias
-                    result[name][here] = (query @ items.of(name).T + bias).cpu().numpy()
+                    result[name][rows] = (query @ items.of(name).T + bias).cpu().numpy()
         return result
 
     def _read(self, batch: Encoded, items: ItemVectors) -> dict[str, torch.Tensor]:
