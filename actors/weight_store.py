@@ -67,23 +67,23 @@ class WeightStore:
             del self._pins[version]
         self._release()
 
-    async def save(self, version: Version, folder: str, like: str | None = None) -> None:
+    async def save(self, version: Version, folder: str, like: str) -> None:
         """Write a version as a model folder that replaces `folder`, whole or not at all.
 
-        Config and tokenizer are copied from the model folder `like`; without it there are only weights.
+        Config and tokenizer are copied from the model folder `like`.
         """
         flat = await (await self.get(version))
-        await asyncio.to_thread(_save, flat, Path(folder), Path(like) if like else None)
+        await asyncio.to_thread(_save, flat, Path(folder), Path(like))
 
     def _release(self) -> None:
         kept = set(sorted(self._held)[-KEPT:]) | set(self._pins)
         self._held = {version: ref for version, ref in self._held.items() if version in kept}
 
 
-def _save(flat: FlatWeights, folder: Path, like: Path | None) -> None:
+def _save(flat: FlatWeights, folder: Path, like: Path) -> None:
     with replacing(folder) as temporary:
         temporary.mkdir()
-        for path in like.iterdir() if like else ():
+        for path in like.iterdir():
             if path.is_file() and not _WEIGHTS.search(path.name):
                 shutil.copy(path, temporary)
         save_safetensors(flat, temporary / "model.safetensors")
