@@ -58,13 +58,6 @@ def _part(recipe: StagedRecipe, folder: Path) -> tuple[np.ndarray, HeadInputs]:
     return samples, HeadInputs.of(recipe.dataset, samples, texts)
 
 
-def _silent(recipe: StagedRecipe, data: HeadData, others: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
-    """Those of `others` that `data` has no completions for, without text, and their targets; with `head.samples: slice` none."""
-    wanted = others if recipe.config.head.samples == "before_rl" else others[:0]
-    silent = np.setdiff1d(wanted, data.samples)
-    return HeadInputs.of(recipe.dataset, silent), recipe.dataset.targets(silent)
-
-
 class CountedExperts:
     """The experts of a recipe's heads, counted once for each set of samples: they read nothing that an LLM wrote."""
 
@@ -89,6 +82,79 @@ def _seed(config: Config) -> int:
     return config.head.seed if config.head.seed is not None else config.seed
 
 
+@dataclass(frozen=True)
+class HeadTraining:
+    """How the heads of one name are trained: on what, with which experts, as which of the ranks that share the work."""
+
+    name: str
+    recipe: StagedRecipe
+    data: HeadData
+    experts: CountedExperts
+    rank: int
+    world: int
+    progress: Callable[[dict[str, Any]], None]
+
+    def choose(self, label: str, others: np.ndarray) -> tuple[RecHead, int]:
+        """(a head on the data and the silent ones of `others`, its epochs); validation picks epochs and scalars.
+
+        On rank 0 it has its scalars, and the experts that they were searched with. Its record says `label`.
+        """
+        data, config, head = self.data, self.recipe.config, self._fresh()
+        learned = self._learned(others)
+        result = train_head(head, *learned, data.valid, data.valid_targets, **self._shared)
+        if self.rank == 0:
+            refits = config.head.refit == "train+valid"
+            head.experts = self.experts.on(tuning_samples(self.recipe.dataset, refit=refits))
+            reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=self._masks)
+            record = {"head": label, "epoch": result.epochs, "epochs": config.head.epochs}
+            self.progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
+        return head, result.epochs
+
+    def refit(self, epochs: int, others: np.ndarray) -> RecHead:
+        """The same on validation too, for as many epochs; without experts and scalars."""
+        inputs, targets = self._learned(others)
+        inputs = HeadInputs.concatenate([inputs, self.data.valid])
+        head = self._fresh(epochs=max(1, epochs))
+        train_head(head, inputs, np.concatenate([targets, self.data.valid_targets]), **self._shared)
+        return head
+
+    def _fresh(self, **changes: Any) -> RecHead:
+        config, dataset = self.recipe.config, self.recipe.dataset
+        shape = config.head.model_copy(update=changes)
+        return RecHead(
+            dataset.catalog, shape, window=dataset.window, seed=_seed(config), extra_texts=self.data.train.cot
+        )
+
+    def _learned(self, others: np.ndarray) -> tuple[HeadInputs, np.ndarray]:
+        """Inputs and targets: the data, and with `before_rl` before them what of `others` has no completions."""
+        dataset, data = self.recipe.dataset, self.data
+        wanted = others if self.recipe.config.head.samples == "before_rl" else others[:0]
+        silent = np.setdiff1d(wanted, data.samples)
+        inputs = HeadInputs.concatenate([HeadInputs.of(dataset, silent), data.train])
+        return inputs, np.concatenate([dataset.targets(silent), data.targets])
+
+    @property
+    def _masks(self) -> bool:
+        return self.recipe.config.data.headline == "exclude_history"
+
+    @property
+    def _shared(self) -> dict[str, Any]:
+        config = self.recipe.config
+
+        def report(epoch: int, loss: float, ndcg: float) -> None:
+            record = {"head": self.name, "epoch": epoch, "epochs": config.head.epochs}
+            self.progress({**record, "loss": loss, "ndcg@10": ndcg})
+
+        return {
+            "device": "cuda" if torch.cuda.is_available() else "cpu",
+            "exclude_history": self._masks,
+            "seed": _seed(config),
+            "rank": self.rank,
+            "world": self.world,
+            "progress": report,
+        }
+
+
 def train_stage_head(
     name: str,
     recipe: StagedRecipe,
@@ -109,66 +175,23 @@ def train_stage_head(
     head that rewards, as `head_refit`, and in the place of any other that ranks test. The reranker
     learns from what the experts are counted on.
     """
-    config, dataset = recipe.config, recipe.dataset
-    seed = _seed(config)
-    masks, wide = config.data.headline == "exclude_history", config.head.samples == "before_rl"
-    refits = config.head.refit == "train+valid"
-    refit = refits and name != RECOMMENDER
-    replaced = refit and name != REWARDING
-    known = dataset.split("train")
-
-    def fresh(**changes: Any) -> RecHead:
-        return RecHead(
-            dataset.catalog,
-            config.head.model_copy(update=changes),
-            window=dataset.window,
-            seed=seed,
-            extra_texts=data.train.cot,
-        )
-
-    def report(epoch: int, loss: float, ndcg: float) -> None:
-        progress({"head": name, "epoch": epoch, "epochs": config.head.epochs, "loss": loss, "ndcg@10": ndcg})
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shared: dict[str, Any] = {
-        "device": device,
-        "exclude_history": masks,
-        "seed": seed,
-        "rank": rank,
-        "world": world,
-        "progress": report,
-    }
-
-    def chosen(label: str, others: np.ndarray) -> tuple[RecHead, int]:
-        """(a head on `data` and the silent ones of `others`, its epochs); validation picks epochs and scalars."""
-        head = fresh()
-        silent, targets = _silent(recipe, data, others)
-        learned = HeadInputs.concatenate([silent, data.train]), np.concatenate([targets, data.targets])
-        result = train_head(head, *learned, data.valid, data.valid_targets, **shared)
-        if rank == 0:
-            head.experts = tuned
-            reached = fit_weights(head, data.valid, data.valid_targets, exclude_history=masks)
-            record = {"head": label, "epoch": result.epochs, "epochs": config.head.epochs}
-            progress({**record, "valid_ndcg@10": reached, "weights": head.weights})
-        return head, result.epochs
-
-    tuned = experts.on(tuning_samples(dataset, refit=refits)) if rank == 0 else None
-    if not (wide and replaced):
-        head, epochs = chosen(name, recipe.slices.before_rl)
-    if rank == 0 and not replaced:
+    training = HeadTraining(name, recipe, data, experts, rank, world, progress)
+    known, valid = recipe.dataset.split("train"), recipe.dataset.split("valid")
+    wide = recipe.config.head.samples == "before_rl"
+    refits = recipe.config.head.refit == "train+valid" and name != RECOMMENDER
+    rewards = not refits or name == REWARDING
+    if rewards or not wide:
+        head, epochs = training.choose(name, recipe.slices.before_rl)
+    if rewards and rank == 0:
         head.experts = experts.on(known)
         head.save(run.head(name))
-    if refit:
-        label = name if replaced else f"{name}_refit"
+    if refits:
+        label = f"{name}_refit" if rewards else name
         if wide:  # as near to validation as the last fit to test
-            head, epochs = chosen(label, known)
-        final = fresh(epochs=max(1, epochs))
-        silent, targets = _silent(recipe, data, known)
-        learned = HeadInputs.concatenate([silent, data.train, data.valid])
-        train_head(final, learned, np.concatenate([targets, data.targets, data.valid_targets]), **shared)
+            head, epochs = training.choose(label, known)
+        final = training.refit(epochs, known)
         if rank == 0:
-            final.experts = experts.on(np.concatenate([known, dataset.split("valid")]))
-            final.weights = dict(head.weights)
+            final.experts, final.weights = experts.on(np.concatenate([known, valid])), dict(head.weights)
             final.save(run.head(label))
 
 
