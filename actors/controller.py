@@ -90,8 +90,9 @@ class Controller:
             except Exception as error:
                 self._fail(error)
                 raise
-            self.state = "RUNNING"
-            self.main = asyncio.create_task(self._loop())
+            if self.state == "STARTING":  # else it was stopped meanwhile, or has failed
+                self.state = "RUNNING"
+                self.main = asyncio.create_task(self._loop())
 
     async def _loop(self) -> None:
         try:

@@ -40,7 +40,7 @@ class Staff:
     async def start(self) -> None:
         """Bring up as many as are wanted; returns when every one of them is ready."""
         roles = (self.rollouts, self.rewards)
-        await asyncio.gather(*(self._add(role, place) for role in roles for place in range(role.wanted)))
+        await asyncio.gather(*(self._add(role, place) for role in roles for place in role.vacant))
 
     async def idle_reward(self) -> Worker:
         """The next one with nothing to do. Whoever takes it gives it back to `free`, dead or alive."""
@@ -75,12 +75,13 @@ class Staff:
         """Have `count` workers of a role from now on; those that leave finish what they hold. Returns who there is."""
         workers = self.of(role)
         workers.wanted = count
-        taken = {worker.place for worker in workers.left}
-        for place in sorted(set(range(count)) - taken):
+        for place in workers.vacant:
             self.training.spawn(self._replace(workers, place))
         for worker in workers.left:
-            if worker.place >= count:
-                self.training.spawn(self._retire(workers, worker))
+            if worker.place >= count and worker.state == "STARTING":
+                workers.bury(worker)
+            elif worker.place >= count:
+                self.training.spawn(workers.retire(worker))
         return workers.describe()
 
     def observe(self, queues: Mapping[str, float]) -> None:
@@ -125,6 +126,8 @@ class Staff:
 
     async def _add(self, workers: Workers, place: int) -> None:
         worker = await workers.add(place)
+        if worker is None:
+            return
         if workers is self.rewards:
             self.idle_rewards.put_nowait(worker)
         else:
@@ -135,19 +138,12 @@ class Staff:
         """A new worker in the place of a dead one, tried for ever while others live; else the run ends."""
         for tries in itertools.count(1):
             await asyncio.sleep(REPLACEMENT_PAUSES[min(tries, len(REPLACEMENT_PAUSES)) - 1])
-            if place >= workers.wanted or place in {worker.place for worker in workers.left}:
+            if place not in workers.vacant:
                 return  # scaled down meanwhile, or down and up again
             try:
                 return await self._add(workers, place)
             except EngineError as error:
-                if place < workers.wanted:
-                    name = f"{workers.role} in place {place}"
-                    self.training.journal.died(workers.role, name, 0, "", last_words(error))
+                name = f"{workers.role} in place {place}"
+                self.training.journal.died(workers.role, name, 0, "", last_words(error))
                 if tries >= len(REPLACEMENT_PAUSES) and not workers.left:
                     raise
-
-    async def _retire(self, workers: Workers, worker: Worker) -> None:
-        if worker.state == "STARTING":
-            workers.bury(worker)
-        else:
-            await workers.retire(worker)

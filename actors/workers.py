@@ -61,6 +61,11 @@ class Workers:
         """Those that live or may yet, and are to stay."""
         return [worker for worker in self._members if worker.state in ("STARTING", "ALIVE")]
 
+    @property
+    def vacant(self) -> list[int]:
+        """Places that are wanted and nobody has."""
+        return sorted(set(range(self.wanted)) - {worker.place for worker in self.left})
+
     def load(self, queued: float) -> float:
         """Share of the slots of those alive that are taken, with what queues for one; 1 when none is alive.
 
@@ -74,8 +79,11 @@ class Workers:
         """What all of them have computed for, the dead included and their starts apart."""
         return self._buried_cpu + sum(worker.cpu_seconds for worker in self._members)
 
-    async def add(self, place: int) -> Worker:
-        """Start one and wait until it answers; EngineError, with its last words, if it never does."""
+    async def add(self, place: int) -> Worker | None:
+        """Start one and wait until it answers; None when it is no longer wanted by then.
+
+        EngineError, with its last words, if it never answers.
+        """
         name = f"{self.role}-{self._started}"  # never used twice: a dying actor may still hold its name
         self._started += 1
         worker = Worker(name, place, self._start(name, place), self.slots)
@@ -83,17 +91,20 @@ class Workers:
         try:
             status = await worker.actor.status.remote()
         except RayError as error:
-            if worker.state == "STARTING":
-                self._members.remove(worker)
+            if worker.state != "STARTING":
+                return None
+            self._members.remove(worker)
             raise EngineError(f"{name} did not start: {last_words(error)}") from None
+        if worker.state != "STARTING":
+            return None  # buried between its answer and this line
         worker.pid, worker.node, worker.start_cpu = status["pid"], status["node"], status["cpu_seconds"]
         worker.state = "ALIVE"
         return worker
 
     async def retire(self, worker: Worker) -> None:
         """Let one finish what it holds, then end it."""
-        if worker.state != "ALIVE":
-            return  # it died meanwhile
+        if worker.state != "ALIVE" or worker.place < self.wanted:
+            return  # it died meanwhile, or is wanted again
         worker.state = "LEAVING"
         while worker.running and worker.state == "LEAVING":
             await asyncio.sleep(RETIREMENT_POLL)
