@@ -99,7 +99,7 @@ class Leases:
         patience = self.training.config.engine.timeout * math.ceil(len(groups) / worker.slots)
         if not self.training.on_policy:
             payload, meta = worker.actor.generate.remote(leases[0], spec)
-            return [payload], [await answer(meta, patience)]
+            return [payload], [await answer(meta, patience, "engine.timeout")]
         together = worker.actor.generate_together.options(num_returns=len(groups) + 1)
         *payloads, report = together.remote(leases, spec)
-        return payloads, await answer(report, patience)
+        return payloads, await answer(report, patience, "engine.timeout")

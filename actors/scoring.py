@@ -9,7 +9,7 @@ from ray.exceptions import ObjectLostError, RayError
 
 from actors.staff import Staff
 from actors.training import Training
-from actors.workers import Worker, is_death
+from actors.workers import Worker, answer, is_death
 from rporec.rl.ledger import Group
 from rporec.rl.rollout_schema import GroupMeta
 
@@ -56,7 +56,7 @@ class Scoring:
             *(group.payload for group in groups)
         )
         try:
-            metas: list[GroupMeta] = await asyncio.wait_for(report, self.config.reward.timeout)
+            metas: list[GroupMeta] = await answer(report, self.config.reward.timeout, "reward.timeout")
         except (RayError, TimeoutError) as error:
             self._unscored(worker, groups, error)
         else:
@@ -72,9 +72,7 @@ class Scoring:
 
     def _unscored(self, worker: Worker, groups: list[Group], error: BaseException) -> None:
         """Try again elsewhere if the worker is gone, else one by one: only the culprit is to pay with a try."""
-        if isinstance(error, TimeoutError):
-            error = TimeoutError(f"no answer within reward.timeout: {self.config.reward.timeout:g} s")
-        if gone := isinstance(error, TimeoutError) or is_death(error):
+        if gone := is_death(error):
             self.staff.lost(worker, error)
         if isinstance(getattr(error, "cause", None), ObjectLostError):
             self.training.spawn(self._without_lost(groups))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Any
 
 from ray.exceptions import RayError
 
+from actors.cluster import last_words
+from actors.scoring import REWARD_BATCH
 from actors.staff import Staff
 from actors.training import Training
 from actors.weights import Weights
@@ -14,6 +17,9 @@ from actors.workers import answer, is_death
 from rporec.config import ConfigError
 from rporec.engine.types import GenerationAborted, Version
 from rporec.promotion import better, promote
+
+# Reward workers that one version may cost: off policy others score on meanwhile, so no row of losses would end it.
+TRIES = 3
 
 
 class Validation:
@@ -44,7 +50,7 @@ class Validation:
         async with self._one_at_a_time:
             try:
                 written = await self._write(version)
-                result = None if written is None else await self._judged(written)
+                result = None if written is None else await self._judged(version, written)
                 if result is None or self._undone(version):
                     return
                 record = {"step": version.number, "version": version.number, "attempt": version.attempt, **result}
@@ -69,7 +75,7 @@ class Validation:
                 try:
                     if not self._undone(version) and await self.weights.load(worker, version):
                         writing = worker.actor.generate_many.remote(prompts, specs)
-                        return await answer(writing, self.config.engine.timeout)
+                        return await answer(writing, self.config.engine.timeout, "engine.timeout")
                 except (RayError, TimeoutError) as error:
                     if is_death(error):
                         self.staff.lost(worker, error)
@@ -81,21 +87,26 @@ class Validation:
                     self.training.room.set()
         return None
 
-    async def _judged(self, written: list[list[dict[str, Any]]]) -> dict[str, float]:
+    async def _judged(self, version: Version, written: list[list[dict[str, Any]]]) -> dict[str, float] | None:
+        """By the first reward worker that lives to the end of it; None, with a notice, when `TRIES` did not."""
         samples, _, _ = self.training.recipe.validation
-        while True:
+        patience = self.config.reward.timeout * max(1, math.ceil(len(samples) / REWARD_BATCH))
+        for tried in range(1, TRIES + 1):
             worker = await self.staff.idle_reward()
             worker.running = 1  # one that is to leave finishes this too
             try:
-                return await asyncio.wait_for(
-                    worker.actor.validate.remote(samples, written), self.config.reward.timeout
-                )
+                judging = worker.actor.validate.remote(samples, written)
+                return await answer(judging, patience, f"reward.timeout for each {REWARD_BATCH} samples")
             except (RayError, TimeoutError) as error:
-                if not isinstance(error, TimeoutError) and not is_death(error):
+                if not is_death(error):
                     raise
                 self.staff.lost(worker, error)
+                if tried == TRIES:
+                    said = f"version {version} is not validated: {TRIES} reward workers were lost over it"
+                    self.training.journal.notice(f"{said}; the last: {last_words(error)}")
             finally:
                 self.staff.free(worker)
+        return None
 
     async def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion

@@ -66,7 +66,8 @@ class Weights:
 
     async def _taken(self, worker: Worker, version: Version, stored: Any) -> bool:
         try:
-            await answer(worker.actor.update_weights.remote(version, stored), self.broadcasts.patience or self.timeout)
+            taking = worker.actor.update_weights.remote(version, stored)
+            await answer(taking, self.broadcasts.patience or self.timeout, "engine.timeout, or less after a broadcast")
         except (RayError, TimeoutError) as error:
             if not is_death(error):
                 raise
@@ -77,7 +78,7 @@ class Weights:
     async def abort(self, worker: Worker) -> None:
         """Stop what runs under weights that are undone."""
         try:
-            await answer(worker.actor.abort_all.remote(), self.timeout)
+            await answer(worker.actor.abort_all.remote(), self.timeout, "engine.timeout")
         except (RayError, TimeoutError) as error:
             self.staff.lost(worker, error)
 
@@ -87,7 +88,8 @@ class Weights:
         if expected is None or worker.version != version:
             return
         try:
-            scored = await answer(worker.actor.score_prompts.remote(self.training.recipe.probes), self.timeout)
+            scoring = worker.actor.score_prompts.remote(self.training.recipe.probes)
+            scored = await answer(scoring, self.timeout, "engine.timeout")
         except (RayError, TimeoutError) as error:
             if is_death(error):
                 self.staff.lost(worker, error)

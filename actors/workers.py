@@ -144,12 +144,14 @@ class Workers:
         ]
 
 
-async def answer(reference: Any, seconds: float) -> Any:
-    """What a rollout worker says within `seconds`; TimeoutError when it hangs."""
+async def answer(reference: Any, seconds: float, key: str) -> Any:
+    """What a worker says within `seconds`, which `key` of the config sets; TimeoutError when it hangs."""
     try:
         return await asyncio.wait_for(reference, seconds)
+    except RayError:
+        raise  # a TimeoutError of the worker's own code is one too
     except TimeoutError:
-        raise TimeoutError(f"no answer within {seconds:g} s (engine.timeout, or less for weights)") from None
+        raise TimeoutError(f"no answer within {seconds:g} s ({key})") from None
 
 
 def is_death(error: BaseException) -> bool:

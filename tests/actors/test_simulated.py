@@ -17,6 +17,7 @@ from actors.simulated import (
     Latency,
     SimulatedPlacement,
     SimulatedRecipe,
+    SimulatedReward,
     SimulatedRollout,
     learn,
     on_virtual_clock,
@@ -357,6 +358,38 @@ def test_a_late_validation_leaves_no_worker_behind(tmp_path: Path) -> None:
         assert_whole(status, 40, 8)
         validated = [record["version"] for record in read_lines(tmp_path / "validation.jsonl")]
         assert len(validated) > 5
+
+    on_virtual_clock(work())
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_version_that_nobody_can_judge_is_left_with_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int
+) -> None:
+    monkeypatch.setattr(SimulatedReward, "validate", lambda self, samples, written: self.answer(1e9, dict))
+
+    async def work() -> None:
+        simulation = Simulation(tmp_path, config(max_staleness=staleness))
+        status = await asyncio.wait_for(simulation.until(), 10_000.0)
+        assert_whole(status, 12, 8)
+        assert read_lines(tmp_path / "validation.jsonl") == []
+        assert [notice["message"].partition(" is not validated")[0] for notice in status["notices"]] == ["version 0.0"]
+        assert len(status["deaths"]) == 3
+        assert all(death["cause"].startswith("it hangs") for death in status["deaths"])
+
+    on_virtual_clock(work())
+
+
+def test_a_large_validation_may_take_longer_than_a_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = {"ndcg@10": 0.1, "hr@10": 0.2}
+    monkeypatch.setattr(SimulatedReward, "validate", lambda self, samples, written: self.answer(700.0, lambda: result))
+    monkeypatch.setattr(SimulatedRecipe, "validation", (np.arange(256), [], []))
+
+    async def work() -> None:
+        status = await asyncio.wait_for(Simulation(tmp_path, config(reward={"timeout": 120.0})).until(), 10_000.0)
+        assert_whole(status, 12, 8)
+        assert [record["version"] for record in read_lines(tmp_path / "validation.jsonl")] == [0]
+        assert status["deaths"] == []
 
     on_virtual_clock(work())
 
