@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayError
 
 from actors.cluster import Cluster, last_words
 from actors.rollout import RolloutWorker, rollout_options
+from actors.workers import is_death
 from rporec.config import Config
 from rporec.engine.types import EngineError
 from rporec.text.completion_store import Part
@@ -25,7 +26,7 @@ DEATHS_IN_A_ROW = 3  # of each worker, with no shard between them
 
 
 class RolloutPool:
-    """N rollout workers that hold one model, each replaced when it is lost; leaves none behind on exit."""
+    """N rollout workers that hold one model, each replaced when it or its engine is lost; leaves none behind on exit."""
 
     def __init__(self, model: Path | str, config: Config, cluster: Cluster, context: int, workers: int) -> None:
         self._model, self._config, self._cluster, self._context = str(model), config, cluster, context
@@ -74,13 +75,15 @@ class RolloutPool:
             idle.append(index)
             try:
                 rows = ray.get(done)
-            except RayActorError as error:
+            except RayError as error:
+                if not is_death(error):
+                    raise
                 missing.append(number)
                 if worker is self.workers[index]:  # else its other shard has told already
                     deaths += 1
-                    if error.actor_init_failed or deaths == DEATHS_IN_A_ROW * len(self.workers):
+                    if getattr(error, "actor_init_failed", False) or deaths == DEATHS_IN_A_ROW * len(self.workers):
                         raise EngineError(f"a rollout worker died: {last_words(error)}") from None
-                    ray.kill(worker)  # out of reach is not dead, and holds its place
+                    ray.kill(worker)  # out of reach or without engine is not dead, and holds its place
                     self.workers[index] = self._start(index)
                 continue
             deaths = 0
