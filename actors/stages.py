@@ -148,6 +148,8 @@ def _teach(job: Job, recipe: RPORec) -> None:
     store = run.folder / "rationales"
     done = done_samples(store)
     samples = np.array([sample for sample in recipe.slices.warmup.tolist() if sample not in done], np.int64)
+    if not len(samples):
+        return
     targets = dataset.targets(samples)
     with progress("rationales", total=len(samples), console=job.console) as bar:
         if config.teacher_kind == "template":
@@ -217,8 +219,9 @@ def _teach_by_backbone(
         ]
 
     part = Part(run.completions("teacher", "warmup"), samples, recipe.written_spec())
-    with RolloutPool(run.backbone, config, job.cluster, recipe.context, job.generators()) as pool:
-        pool.write(part, prompts, lambda done, total, tokens: update(done))
+    if part.missing():
+        with RolloutPool(run.backbone, config, job.cluster, recipe.context, job.generators()) as pool:
+            pool.write(part, prompts, lambda done, total, tokens: update(done))
     written, texts = read_completions(part.folder)
     write_shard(
         store,

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from actors.stages import _left_out
+from actors.cluster import Cluster
+from actors.job import Job
+from actors.stages import _left_out, _teach
 from rporec.config import SyntheticConfig, parse_config
 from rporec.data import build
 from rporec.data.synthetic import write_synthetic
 from rporec.recipes import StagedRecipe, load_recipe
+from rporec.recipes.rporec import RPORec
 from rporec.run import Run
+from rporec.text.rationales import Rationale, write_shard
 
 
-def recipe(folder: Path, context: int) -> StagedRecipe:
+def recipe(folder: Path, context: int, **changes: Any) -> StagedRecipe:
     tiny = {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 1, "intermediate": 32, "context": context}
-    config = parse_config({"tiny": tiny, "sampling": {"max_tokens": 40}})
+    config = parse_config({"tiny": tiny, "sampling": {"max_tokens": 40}, **changes})
     run = Run.create(folder / "run", config, resume=False)
     write_synthetic(folder / "raw", SyntheticConfig(users=60, series=12, volumes=3, genres=4, studios=4, length=7), 0)
     build(folder / "raw/interactions.parquet", folder / "raw/items.parquet", run.data, split="time", window=6)
@@ -44,6 +50,17 @@ def test_the_share_of_items_that_prompts_leave_out_is_said_with_the_knob(tmp_pat
     assert said is not None
     assert said.startswith(f"prompts: {cut / total:.0%} of the items of histories do not fit")
     assert "raise tiny.context (72 tokens, 40 of them for the completion)" in said
+
+
+def test_a_teacher_with_nothing_left_to_write_starts_no_engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taught = recipe(tmp_path, 256, teacher={"kind": "backbone"})
+    assert isinstance(taught, RPORec)
+    store = taught.run.folder / "rationales"
+    write_shard(store, [Rationale(sample, "x", "backbone", "m", "") for sample in taught.slices.warmup.tolist()])
+    monkeypatch.setattr("actors.stages.RolloutPool", lambda *_: pytest.fail("engines were started"))
+    job = Job(taught.run, taught.config, Cluster("", "", local=True, cuda=False), Console(quiet=True))
+    _teach(job, taught)
+    assert len(list(store.iterdir())) == 1
 
 
 def test_a_split_without_samples_has_nothing_to_leave_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
