@@ -40,7 +40,8 @@ class Ranks:
 
     def failed(self, rank: int, pid: int, node: str, error: BaseException) -> None:
         self._journal.died("learner", f"learner-{rank}", pid, node, last_words(error))
-        self._members = [{**one, "state": "DEAD"} if one["pid"] == pid else one for one in self._members]
+        dead = {"name": f"learner-{rank}", "node": node, "pid": pid}  # pids alone coincide across containers
+        self._members = [{**one, "state": "DEAD"} if dead.items() <= one.items() else one for one in self._members]
 
     def stop(self) -> None:
         self._members = [{**one, "state": "STOPPED"} for one in self._members]
