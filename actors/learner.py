@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from rporec.rl.learner import Clock
 
 CONTROLLER_PATIENCE = 120  # seconds
+# For one collective. Ranks wait in it while rank 0 works alone: it searches a head's scalars, fits a reranker, writes a
+# model. Ray's half an hour is too little for that, and a rank that died is noticed without it.
+COLLECTIVE_TIMEOUT = 24 * 3600  # seconds
 
 
 def fit(
@@ -64,7 +67,7 @@ def fit(
     trainer = TorchTrainer(
         loop,
         train_loop_config=spec,
-        torch_config=TorchConfig(backend="nccl" if cluster.cuda else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if cluster.cuda else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.cuda, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -237,6 +240,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     learner = Learner(run.warm_model, config, world=world)
     probes = load_recipe(run, config).probes
+    ray.get(controller.start.remote())  # every rank waits for the workers here, none of them in a collective
     if rank == 0:
         ray.get(controller.learner_starts.remote())
     step = checkpoints.resume(run.checkpoints, learner)

@@ -335,6 +335,7 @@ async def learn(
 ) -> None:
     """One learner rank from the newest checkpoint to the end, as `actors.learner` runs it but for the learning."""
     loop, config, run = asyncio.get_running_loop(), controller.config, controller.run
+    await controller.start()
     await controller.learner_starts()
     step = checkpoints.newest(run.checkpoints) or 0
     attempt = await controller.attach(0, 0, "simulated", step)

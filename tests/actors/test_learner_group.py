@@ -1,0 +1,57 @@
+"""How long the ranks of a learner group wait for each other, and for what."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+import ray.train.torch
+
+from actors import checkpoints, learner
+from actors.cluster import Cluster
+from rporec.config import parse_config
+from rporec.run import Run
+
+
+class Reached(Exception): ...
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_waits_for_the_workers_before_any_collective_that_rank_0_joins_late(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, rank: int
+) -> None:
+    """They may take longer than a collective does: a spot node comes when it comes."""
+
+    def resume(folder: Path, learner: Any) -> int:
+        raise Reached
+
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    monkeypatch.setattr("rporec.rl.learner.Learner", MagicMock())
+    monkeypatch.setattr("rporec.recipes.load_recipe", MagicMock())
+    monkeypatch.setattr(checkpoints, "resume", resume)
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    controller = MagicMock()
+    with pytest.raises(Reached):
+        learner._rl_loop(Run(tmp_path), parse_config({}), controller)
+    calls = [name for name, _, _ in controller.mock_calls]
+    assert calls == ["weight_store.remote", "start.remote", "learner_starts.remote"][: 3 - rank]
+
+
+def test_ranks_wait_for_one_that_works_alone_as_long_as_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Any] = []
+
+    def trainer(loop: Any, *, torch_config: Any, **rest: Any) -> Any:
+        made.append(torch_config)
+        return SimpleNamespace(fit=lambda: None)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
+    cluster = Cluster("", "", local=True, cuda=False)
+    learner.fit(print, {}, name="head", run=Run(tmp_path), cluster=cluster, workers=2, watch=lambda: None, env={})
+    assert [one.timeout_s for one in made] == [learner.COLLECTIVE_TIMEOUT]
+    assert learner.COLLECTIVE_TIMEOUT >= 12 * 3600
