@@ -349,6 +349,7 @@ class Controller:
             "groups": self.ledger.counts(),
             "admitted": self.ledger.admitted,
             "returned": dict(self.ledger.events),
+            "lengths": self.ledger.lengths(),
             "actors": [{**me, "state": state}, *self.staff.describe(), *self.ranks.describe()],
             "last_step": self.journal.last_step,
             "best": self.journal.best,

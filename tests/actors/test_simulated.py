@@ -13,6 +13,7 @@ import pytest
 from actors import checkpoints
 from actors.controller import Controller
 from actors.simulated import (
+    TOKENS,
     Consumed,
     Latency,
     SimulatedPlacement,
@@ -77,6 +78,7 @@ def test_every_group_is_consumed_once_within_the_bound(tmp_path: Path, staleness
         simulation = Simulation(tmp_path, config(max_staleness=staleness))
         status = await simulation.until()
         assert_whole(status, 12, 8)
+        assert status["lengths"]["consumed"] == TOKENS
         consumed = [group for step in simulation.seen for group in step.groups]
         assert len(set(consumed)) == len(consumed) == 12 * 8
         assert all(step.version - step.oldest <= staleness for step in simulation.seen)
