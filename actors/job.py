@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from actors.cluster import Cluster, cores, cores_beside
-from actors.learner import fit
+from actors.learner_group import fit
 from rporec.config import Config
 from rporec.models.trainable import learner_environment
 from rporec.recipes import StagedRecipe, load_recipe
@@ -70,7 +70,7 @@ class Job:
         alone: bool = True,
         **more: Any,
     ) -> None:
-        """`actors.learner.fit` on this run's cluster; `alone` as in `learner_env`."""
+        """`actors.learner_group.fit` on this run's cluster; `alone` as in `learner_env`."""
         env = self.learner_env(workers, alone=alone)
         more["gpu_share"] = self.config.deepspeed.gpu_share
         fit(loop, spec, name=name, run=self.run, cluster=self.cluster, workers=workers, watch=watch, env=env, **more)

@@ -23,10 +23,11 @@ from rich.console import Console
 
 from actors.cluster import cores
 from actors.generation import RolloutPool
+from actors.heads import head_loop
 from actors.job import Job
-from actors.learner import head_loop, warmup_loop
 from actors.preference import prefer
 from actors.reinforce import reinforce
+from actors.warmup import warmup_loop
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
 from rporec.data.remote import fetch, is_url

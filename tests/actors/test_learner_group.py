@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 import pytest
 import ray.train.torch
 
-from actors import checkpoints, learner
+from actors import checkpoints, learner, learner_group
 from actors.cluster import Cluster
 from rporec.config import parse_config
 from rporec.run import Run
@@ -52,6 +52,6 @@ def test_ranks_wait_for_one_that_works_alone_as_long_as_it_takes(
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
     cluster = Cluster("", "", local=True, cuda=False)
-    learner.fit(print, {}, name="head", run=Run(tmp_path), cluster=cluster, workers=2, watch=lambda: None, env={})
-    assert [one.timeout_s for one in made] == [learner.COLLECTIVE_TIMEOUT]
-    assert learner.COLLECTIVE_TIMEOUT >= 12 * 3600
+    learner_group.fit(print, {}, name="head", run=Run(tmp_path), cluster=cluster, workers=2, watch=lambda: None, env={})
+    assert [one.timeout_s for one in made] == [learner_group.COLLECTIVE_TIMEOUT]
+    assert learner_group.COLLECTIVE_TIMEOUT >= 12 * 3600
