@@ -11,14 +11,12 @@ A stage that has finished is skipped by `--resume`; one that was cut off goes on
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from actors.cluster import cores
@@ -27,6 +25,7 @@ from actors.heads import head_loop
 from actors.job import Job
 from actors.preference import prefer
 from actors.reinforce import reinforce
+from actors.teaching import teach
 from actors.warmup import warmup_loop
 from rporec.config import Config
 from rporec.data import build, find_sources, is_built
@@ -39,7 +38,6 @@ from rporec.run import Run
 from rporec.text.completion_store import Part
 
 LOOKED_AT = 512  # validation samples whose prompts are looked at before training
-ENDPOINT_SHARD = 64  # rationales that an interruption of an endpoint's teacher may lose at most, were it a crash
 
 
 def prepare_data(run: Run, config: Config, console: Console) -> None:
@@ -96,7 +94,7 @@ def warm_up(job: Job) -> None:
         if config.warmup.steps == 0:
             return
         if isinstance(recipe, RPORec):
-            _teach(job, recipe)
+            teach(job, recipe)
         notes |= _supervise(job, "warmup", config.warmup.steps)
 
 
@@ -138,101 +136,6 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
         "training_seconds": round(last["seconds"], 2),
         "cpu_seconds": round(last["cpu_seconds"], 1),
     }
-
-
-def _teach(job: Job, recipe: RPORec) -> None:
-    """Rationales for the warm-up slice, those that are not stored yet."""
-    from rporec.text.rationales import Rationale, done_samples, write_shard
-    from rporec.text.teacher import TemplateTeacher
-
-    run, config, dataset = job.run, job.config, recipe.dataset
-    store = run.folder / "rationales"
-    done = done_samples(store)
-    samples = np.array([sample for sample in recipe.slices.warmup.tolist() if sample not in done], np.int64)
-    if not len(samples):
-        return
-    targets = dataset.targets(samples)
-    with progress("rationales", total=len(samples), console=job.console) as bar:
-        if config.teacher_kind == "template":
-            teacher = TemplateTeacher(recipe.writer.items, config.teacher.decision)
-            for start in range(0, len(samples), 2048):
-                chunk = range(start, min(start + 2048, len(samples)))
-                write_shard(
-                    store,
-                    [
-                        Rationale(
-                            sample=int(samples[i]),
-                            text=teacher.rationale(dataset.history(int(samples[i])), int(targets[i])),
-                            teacher="template",
-                            model="template",
-                            prompt_hash="",
-                        )
-                        for i in chunk
-                    ],
-                )
-                bar.update(chunk[-1] + 1)
-        elif config.teacher_kind == "openai":
-            asyncio.run(_teach_by_endpoint(job, recipe, store, samples, bar.update))
-        else:
-            _teach_by_backbone(job, recipe, store, samples, bar.update)
-
-
-async def _teach_by_endpoint(
-    job: Job, recipe: RPORec, store: Path, samples: np.ndarray, update: Callable[[int], None]
-) -> None:
-    from rporec.text.llm_teacher import OpenAITeacher
-    from rporec.text.rationales import write_shard
-
-    config, dataset = job.config, recipe.dataset
-    teacher = OpenAITeacher(recipe.writer.items, config.teacher, config.sampling.max_tokens)
-    asked = zip(samples.tolist(), dataset.targets(samples).tolist(), strict=True)
-    requests = ((sample, dataset.history(sample).tolist(), target) for sample, target in asked)
-    waiting: list[Any] = []
-    done = 0
-    try:
-        async for rationale in teacher.rationales(requests):
-            waiting.append(rationale)
-            done += 1
-            update(done)
-            if len(waiting) == ENDPOINT_SHARD:
-                write_shard(store, waiting)
-                waiting = []
-    finally:
-        write_shard(store, waiting)  # what an interrupted teacher had written is paid for: keep it
-
-
-def _teach_by_backbone(
-    job: Job, recipe: RPORec, store: Path, samples: np.ndarray, update: Callable[[int], None]
-) -> None:
-    from rporec.text.completion_store import read_completions
-    from rporec.text.llm_teacher import BackboneTeacher
-    from rporec.text.rationales import write_shard
-
-    run, config, dataset = job.run, job.config, recipe.dataset
-    teacher = BackboneTeacher(
-        recipe.writer.items, recipe.writer.tokenizer, config.backbone, recipe.context, config.sampling.max_tokens
-    )
-
-    def prompts(chunk: np.ndarray) -> list[Any]:
-        return [
-            teacher.prompt_ids(dataset.history(int(sample)), int(target))
-            for sample, target in zip(chunk, dataset.targets(chunk), strict=True)
-        ]
-
-    part = Part(run.completions("teacher", "warmup"), samples, recipe.written_spec())
-    if part.missing():
-        with RolloutPool(run.backbone, config, job.cluster, recipe.context, job.generators()) as pool:
-            pool.write(part, prompts, lambda done, total, tokens: update(done))
-    written, texts = read_completions(part.folder)
-    write_shard(
-        store,
-        [
-            teacher.rationale(int(sample), ids, text, int(target))
-            for sample, ids, text, target in zip(
-                written, prompts(written), texts, dataset.targets(written), strict=True
-            )
-        ],
-    )
 
 
 # --- stage 1 ---------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from rich.console import Console
 
 from actors.cluster import Cluster
 from actors.job import Job
-from actors.stages import _left_out, _teach
+from actors.stages import _left_out
+from actors.teaching import teach
 from rporec.config import SyntheticConfig, parse_config
 from rporec.data import build
 from rporec.data.synthetic import write_synthetic
@@ -57,9 +58,9 @@ def test_a_teacher_with_nothing_left_to_write_starts_no_engine(tmp_path: Path, m
     assert isinstance(taught, RPORec)
     store = taught.run.folder / "rationales"
     write_shard(store, [Rationale(sample, "x", "backbone", "m", "") for sample in taught.slices.warmup.tolist()])
-    monkeypatch.setattr("actors.stages.RolloutPool", lambda *_: pytest.fail("engines were started"))
+    monkeypatch.setattr("actors.teaching.RolloutPool", lambda *_: pytest.fail("engines were started"))
     job = Job(taught.run, taught.config, Cluster("", "", local=True, cuda=False), Console(quiet=True))
-    _teach(job, taught)
+    teach(job, taught)
     assert len(list(store.iterdir())) == 1
 
 
