@@ -12,7 +12,7 @@ from actors.cluster import probable_cause
     [
         ("Worker exit type: SYSTEM_ERROR … connection error code 2. End of file.", "killed from outside"),
         ("The actor died because its node has died. Node Id: 12ab", "its node is gone"),
-        ("no answer within reward.timeout: 5 s", "it hangs"),
+        ("no answer within 5 s (reward.timeout)", "it hangs"),
         ("rollout worker died: OutOfMemoryError; probable cause: no memory left; lower …", ""),
         ("ValueError: no such thing", "a fault in its code"),
     ],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from actors.simulated import (
     learn,
     on_virtual_clock,
 )
-from actors.workers import Workers
 from rporec.config import Config, parse_config
 from rporec.files import read_json, read_lines
 from rporec.run import Run
@@ -229,21 +227,6 @@ def test_scaling_while_the_workers_start_changes_how_many_there_are(tmp_path: Pa
         assert (len(controller.rewards.describe()), len(controller.rollouts.describe())) == (1, 3)
 
     on_virtual_clock(work())
-
-
-def test_a_worker_that_is_struck_out_as_it_answers_stays_so(tmp_path: Path) -> None:
-    async def work() -> None:
-        answered = asyncio.get_running_loop().create_future()
-        actor = MagicMock(**{"status.remote": lambda: answered})
-        workers = Workers("reward", 1, 1, lambda name, place: actor, lambda actor: None)
-        adding = asyncio.create_task(workers.add(0))
-        await asyncio.sleep(0)
-        answered.set_result({"pid": 1, "node": "here", "cpu_seconds": 0.0})
-        workers.bury(workers.left[0])
-        assert await adding is None
-        assert workers.left == []
-
-    asyncio.run(work())
 
 
 def test_a_starving_learner_gets_workers_and_a_slow_one_gives_them_back(tmp_path: Path) -> None:
