@@ -45,7 +45,7 @@ class Journal:
         self._probes.append(differences)
 
     def brought(self, seconds: float) -> None:
-        """A rollout worker has other weights, `seconds` after they were first to be brought."""
+        """A rollout worker has other weights, `seconds` after the call that brought them began."""
         self._brought.append(seconds)
 
     def step(self, metrics: dict[str, Any], groups: list[GroupMeta], dropped: dict[str, int], judges: int) -> None:

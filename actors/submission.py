@@ -31,7 +31,7 @@ PATIENCE = 60  # seconds
 
 DETACHED = """detached; the training goes on as job {job}
   follow   RAY_AUTH_MODE=token ray job logs --follow --address {address} {job}
-  stop     RAY_AUTH_MODE=token ray job stop --address {address} {job}   (it finishes its step and writes a checkpoint)
+  stop     RAY_AUTH_MODE=token ray job stop --address {address} {job}   (stage 2 finishes its step and writes a checkpoint)
   look     rporec status {run}                        (where {run} is seen;
   scale    rporec scale {run} --rollout-workers N      on a node of the cluster: ray exec FILE '...')"""
 

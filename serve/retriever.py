@@ -19,7 +19,6 @@ from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.models.recommender import Recommender
 from rporec.promotion import Promoted
-from rporec.text.completion import parse
 from serve.served import Served, still
 
 SWITCH = (
@@ -90,13 +89,10 @@ class Retriever:
         return ranked  # type: ignore[return-value]
 
     def _rank(self, head: Recommender, queries: list[Query]) -> list[tuple[np.ndarray, np.ndarray]]:
-        completions = [parse(query.text or "") for query in queries]
-        inputs = HeadInputs(
-            seen=[query.history for query in queries],
-            time=np.array([query.time for query in queries], np.int64),
-            cot=[written.cot for written in completions],
-            answer=[written.answer for written in completions],
-            format=np.array([written.format for written in completions], np.float32),
+        inputs = HeadInputs.with_text(
+            [query.history for query in queries],
+            np.array([query.time for query in queries]),
+            [query.text or "" for query in queries],
         )
         allowed = [_allowed(head.catalog, query) for query in queries]
         return head.recommend(inputs, [query.k for query in queries], [query.excluded for query in queries], allowed)

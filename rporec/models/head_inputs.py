@@ -39,15 +39,18 @@ class HeadInputs:
         """The histories of `samples` [B], and one completion text for each (None: blank)."""
         samples = np.asarray(samples, np.int64)
         seen, time = dataset.seen_of(samples), dataset.times(samples)
-        if texts is None:
-            return cls.without_text(seen, time)
-        parsed = [parse(text) for text in texts]
+        return cls.without_text(seen, time) if texts is None else cls.with_text(seen, time, texts)
+
+    @classmethod
+    def with_text(cls, seen: list[np.ndarray], time: np.ndarray, texts: Sequence[str]) -> HeadInputs:
+        """Histories and what was written for each."""
+        written = [parse(text) for text in texts]
         return cls(
             seen,
-            time,
-            [completion.cot for completion in parsed],
-            [completion.answer for completion in parsed],
-            np.array([completion.format for completion in parsed], np.float32),
+            np.asarray(time, np.int64),
+            [one.cot for one in written],
+            [one.answer for one in written],
+            np.array([one.format for one in written], np.float32),
         )
 
     @classmethod
