@@ -19,9 +19,9 @@ from rporec.config import ConfigError
 from rporec.data import DataError
 from rporec.run import Run, RunError
 
-# For one collective. Ranks wait in it while rank 0 works alone: it searches a head's scalars, fits a reranker, writes a
-# model. Ray's half an hour is too little for that, and a rank that died is noticed without it.
-COLLECTIVE_TIMEOUT = 24 * 3600  # seconds
+# Of one collective where ranks wait while rank 0 works alone: it searches a head's scalars, fits a reranker, writes a
+# model. A rank that died is noticed without it.
+ALONE = 24 * 3600  # seconds
 
 
 def fit(
@@ -36,10 +36,11 @@ def fit(
     env: dict[str, str],
     gpu_share: float = 1.0,
     restarts: int = 0,
+    timeout: int = ALONE,
     interrupted: Callable[[], None] | None = None,
 ) -> None:
     """Run `loop(spec)` on `workers` ranks; `watch` is called twice a second meanwhile. On CUDA each rank has
-    `gpu_share` of a GPU.
+    `gpu_share` of a GPU. A collective that takes longer than `timeout` seconds fails.
 
     Raises what the loop raised, or RunError when a rank's process died, after `restarts` restarts of the whole group
     (-1: any number). Ctrl-C calls `interrupted`, waits for the loop to come to its end, and goes on as
@@ -55,7 +56,7 @@ def fit(
     trainer = TorchTrainer(
         loop,
         train_loop_config=spec,
-        torch_config=TorchConfig(backend="nccl" if cluster.cuda else "gloo", timeout_s=COLLECTIVE_TIMEOUT),
+        torch_config=TorchConfig(backend="nccl" if cluster.cuda else "gloo", timeout_s=timeout),
         scaling_config=ScalingConfig(num_workers=workers, use_gpu=cluster.cuda, resources_per_worker=resources),
         run_config=RunConfig(
             name=name,
@@ -96,24 +97,24 @@ def fit(
 
 def _cause(name: str, error: BaseException) -> BaseException:
     """What the user can mend, or which rank died, if a rank failed of that; else the error as Ray Train reports it."""
-    failures = {rank: list(_chain(one)) for rank, one in getattr(error, "worker_failures", {}).items()}
-    for chain in failures.values():
-        for one in chain:
+    error_of_rank: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    for failure in error_of_rank.values():
+        for one in _chain(failure):
             if isinstance(one, ConfigError | DataError | RunError):
                 return one
-    for rank, chain in failures.items():  # the others fail only because it is gone
-        for one in chain:
-            if isinstance(one, RayActorError):
-                return RunError(
-                    f"{name}: learner rank {rank} died: {last_words(one)}; {probable_cause(last_words(one))}; "
-                    "what is finished is kept, --resume goes on from there"
-                )
+    for rank, failure in error_of_rank.items():  # the others fail only because it is gone
+        death = getattr(failure, "health_check_failure", failure)
+        if isinstance(death, RayActorError):
+            return RunError(
+                f"{name}: learner rank {rank} died: {last_words(death)}; {probable_cause(last_words(death))}; "
+                "what is finished is kept, --resume goes on from there"
+            )
     return error
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
     """The error and all that it wraps."""
     yield error
-    for attribute in ("cause", "__cause__", "health_check_failure"):
+    for attribute in ("cause", "__cause__"):
         if isinstance(inner := getattr(error, attribute, None), BaseException):
             yield from _chain(inner)

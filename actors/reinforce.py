@@ -25,6 +25,8 @@ from rporec.run import RunError
 
 DEATH = "{role} {name} (pid {pid}) on node {node:.12} died: {message}; {cause}its log there: {log}"
 
+# Seconds after which a collective of the learner has stalled: its ranks start anew from the newest checkpoint.
+STALL = 1800
 # Times that Ray starts a controller anew whose process ended; each goes on from the newest checkpoint.
 CONTROLLER_RESTARTS = 10
 
@@ -102,6 +104,7 @@ def _train(job: Job, controller: Any) -> None:
                 watch,
                 alone=False,
                 restarts=-1,  # the controller says when it is enough
+                timeout=STALL,
                 interrupted=interrupted,
             )
         except KeyboardInterrupt:
