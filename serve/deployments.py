@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import numpy as np
@@ -39,7 +39,7 @@ class Deployments:
     async def rank(self, query: Query) -> Ranked:
         return await _asked("the retriever", lambda: self._retriever.rank.remote(query))
 
-    async def stream(self, history: np.ndarray, items: int) -> AsyncIterator[str | Thought]:
+    async def stream(self, history: np.ndarray, items: int) -> AsyncGenerator[str | Thought, None]:
         """Begun anew on another replica only as long as nothing has come out of it."""
         begun = False
         for _ in range(TRIES):

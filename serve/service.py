@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ class Backend(Protocol):
     """A deployment's methods, retried where that is safe; each raises Unavailable."""
 
     def reason(self, history: np.ndarray, items: int) -> Awaitable[Any]: ...
-    def stream(self, history: np.ndarray, items: int) -> AsyncIterator[Any]: ...
+    def stream(self, history: np.ndarray, items: int) -> AsyncGenerator[Any, None]: ...
     def rank(self, query: Any) -> Awaitable[Any]: ...
 
 
@@ -104,11 +105,16 @@ class Service:
         written, thought, fallback = False, None, None
         pieces = self._backend.stream(asked.history, len(self.catalog))
         try:
-            # Each piece is waited for by itself: a deadline around the `yield` would cut off whoever reads slowly.
-            while isinstance(piece := await asyncio.wait_for(anext(pieces, None), asked.left()), str):
-                written = True
-                yield piece
-            thought = piece
+            async with contextlib.aclosing(pieces):  # what nobody waits for any more is taken out of the engine
+                while True:
+                    # Around each piece: a deadline around the `yield` would cut off whoever reads slowly.
+                    async with asyncio.timeout(asked.left()):
+                        piece = await anext(pieces, None)
+                    if not isinstance(piece, str):
+                        thought = piece
+                        break
+                    written = True
+                    yield piece
         except TimeoutError:
             fallback = "timeout"
         except Unavailable:
