@@ -40,8 +40,9 @@ def prefer(job: Job) -> None:
             watch()
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # large, and the model is whole
         last = read_lines(run.steps)[-1]
-        notes |= {"steps": config.steps, "loss": last["loss"], "cpu_seconds": last["cpu_seconds"] * config.learners}
-        write_json(run.folder / "best.json", {"attempt": 0, "version": config.steps, "step": config.steps})
+        done = last["step"] + 1  # what was asked for, unless it was cut off after its end and asked for more
+        notes |= {"steps": done, "loss": last["loss"], "cpu_seconds": last["cpu_seconds"] * config.learners}
+        write_json(run.folder / "best.json", {"attempt": 0, "version": done, "step": done})
 
 
 def preference_loop(spec: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from rporec.rl.elastic import Autoscaler
 LOST_IN_A_ROW = 8
 # Seconds before each try to replace a dead worker; the last one again and again.
 REPLACEMENT_PAUSES = (0.0, 2.0, 10.0)
+START_POLL = 0.1  # seconds
 
 
 class Staff:
@@ -41,6 +42,8 @@ class Staff:
         """Bring up as many as are wanted; returns when every one of them is ready."""
         roles = (self.rollouts, self.rewards)
         await asyncio.gather(*(self._add(role, place) for role in roles for place in role.vacant))
+        while any(worker.state == "STARTING" for role in roles for worker in role.left):  # whom `scale` has added
+            await asyncio.sleep(START_POLL)
 
     async def idle_reward(self) -> Worker:
         """The next one with nothing to do. Whoever takes it gives it back to `free`, dead or alive."""
@@ -125,8 +128,8 @@ class Staff:
         return self.training.placement.reward(self.training.run, self.training.config, name)
 
     async def _add(self, workers: Workers, place: int) -> None:
-        worker = await workers.add(place)
-        if worker is None:
+        """Someone in this place, unless somebody is there by now, or nobody is wanted when the start is over."""
+        if place not in workers.vacant or (worker := await workers.add(place)) is None:
             return
         if workers is self.rewards:
             self.idle_rewards.put_nowait(worker)

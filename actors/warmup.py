@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors import checkpoints
+from rporec.config import ConfigError
 from rporec.files import append_line, cut_lines
 
 
@@ -28,6 +29,8 @@ def warmup_loop(spec: dict[str, Any]) -> None:
     warmup = config.warmup
     pairs = recipe.pairs()
     rank, world = dist.get_rank(), dist.get_world_size()
+    if warmup.batch_size < world:
+        raise ConfigError(f"warmup.batch_size: {warmup.batch_size} leaves none for some of {world} learners")
     share = math.ceil(warmup.batch_size / world)
     accumulation = math.ceil(share / warmup.micro_batch_size)
     steps = spec["steps"] or max(1, math.ceil(warmup.epochs * len(pairs) / warmup.batch_size))

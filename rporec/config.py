@@ -271,7 +271,9 @@ class Slices(Section):
     @model_validator(mode="after")
     def _shares(self) -> Slices:
         if self.warmup + self.head + self.rl > 1 + 1e-9:
-            raise ValueError("warmup: together with head and rl it is more than 1")
+            raise ValueError(
+                f"warmup: {self.warmup:g}, head: {self.head:g} and rl: {self.rl:g} are more than 1 together"
+            )
         return self
 
 
@@ -433,10 +435,6 @@ class Config(Section):
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.groups_per_step % self.learners:
             raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
-        if self.warmup.batch_size < self.learners:
-            raise ValueError(
-                f"warmup.batch_size: {self.warmup.batch_size} leaves none for some of learners: {self.learners}"
-            )
         faithful = self.recipe == "rporec" and self.reward.faithfulness
         if not self.tiny_backbone and faithful and self.reward.embedder is None:
             raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")

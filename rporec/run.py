@@ -204,9 +204,11 @@ _MAY_CHANGE = {
     "engine.kv_cache_mb",
     "engine.max_num_seqs",
     "engine.gpu_share",
+    "engine.args.gpu_memory_utilization",
+    "engine.args.kv_cache_memory_bytes",
     "engine.timeout",
+    "deepspeed.gpu_share",
     "reward.timeout",
-    "save_rollouts",
     "promotion",
     "serve",
 }

@@ -91,7 +91,7 @@ def killed(log: Path, lines: int, *words: str, learner: bool = False) -> Killed:
         deadline = time.monotonic() + 600
         while len(read_lines(log)) < lines and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        if learner:
+        if learner and process.poll() is None:
             ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if is_learner(one)]
             for rank in ranks:
                 rank.kill()

@@ -65,8 +65,8 @@ class Dataset:
 
     @cached_property
     def owner(self) -> np.ndarray:
-        """int64 [I] user of each row."""
-        return np.repeat(np.arange(len(self.user_ids)), np.diff(self.offsets))
+        """int32 [I] user of each row."""
+        return np.repeat(np.arange(len(self.user_ids), dtype=np.int32), np.diff(self.offsets))
 
     def split(self, name: Literal["train", "valid", "test"]) -> np.ndarray:
         """int64 sample numbers of a split, in time order."""

@@ -42,7 +42,8 @@ def train_slices(train: np.ndarray, config: Config) -> TrainSlices:
     first = int(len(train) * warmup_share / total)
     last = int(len(train) * (shares.warmup + shares.head) / total)
     warmup, head, rl = _newest(train[:first], config.max_warmup_samples), train[first:last], train[last:]
-    if not len(head) or (config.steps and not len(rl)) or (warms_up and not len(warmup)):
+    supervised = last if config.writes_items else len(warmup)  # items are learned from all before the RL slice
+    if not len(head) or (config.steps and not len(rl)) or (warms_up and not supervised):
         raise ConfigError(
             f"slices: {len(train)} training samples leave {len(warmup)} for warm-up, {len(head)} for the head, "
             f"{len(rl)} for RL; each needs some: bring more interactions, change slices.* or max_warmup_samples, or do "

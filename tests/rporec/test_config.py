@@ -57,10 +57,6 @@ REFUSED = {
     ),
     "endpoint without address": ({"teacher": {"kind": "openai"}}, "teacher.kind: openai needs teacher.base_url"),
     "uneven learners": ({"learners": 3, "groups_per_step": 64}, "groups_per_step: 64 is no multiple of learners: 3"),
-    "a rank without a sequence": (
-        {"learners": 4, "warmup": {"batch_size": 3}},
-        "warmup.batch_size: 3 leaves none for some of learners: 4",
-    ),
     "new tokens under lora": (
         {"recipe": "preference", "rere": {"identity": "semantic"}, "lora": {"rank": 2}, "backbone": "some/llm"},
         "rere.identity: semantic adds tokens, whose embeddings lora does not train",
@@ -70,7 +66,10 @@ REFUSED = {
         "data.split: none of time[:8:1:1], leave-one-out, column:NAME (got 'random')",
     ),
     "faithfulness without embedder": ({"backbone": "some/llm"}, "reward.faithfulness needs reward.embedder"),
-    "more than everything": ({"slices": {"warmup": 0.9}}, "slices.warmup: together with head and rl it is more than 1"),
+    "more than everything": (
+        {"slices": {"warmup": 0.9}},
+        "slices.warmup: 0.9, head: 0.4 and rl: 0.2 are more than 1 together",
+    ),
     "more genres than there are": ({"data": {"synthetic": {"genres": 21}}}, "data.synthetic.genres: "),
     "heads that do not divide": (
         {"tiny": {"hidden": 128, "heads": 3, "kv_heads": 1}},

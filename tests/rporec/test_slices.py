@@ -25,6 +25,12 @@ def test_without_warm_up_its_share_goes_to_the_head():
     assert (len(slices.warmup), len(slices.head), len(slices.rl)) == (0, 80, 20)
 
 
+def test_items_are_learned_from_all_before_the_rl_slice():
+    shares = {"warmup": 0.0, "head": 0.7, "rl": 0.3}
+    slices = train_slices(TRAIN, parse_config({"recipe": "preference", "slices": shares}))
+    assert (len(slices.warmup), len(slices.head)) == (0, 70)
+
+
 @pytest.mark.parametrize(
     ("samples", "changes"),
     [
