@@ -216,15 +216,16 @@ class SimulatedReward(_Actor):
 
 
 class SimulatedStore:
-    """Versions without weights, each held `seconds` after it was put."""
+    """Versions without weights, each held `seconds` after it was put: the two newest, and what is pinned."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self.seconds = seconds
         self.held: list[Version] = []
+        self.pinned: set[Version] = set()
 
     async def put(self, version: Version) -> None:
         await asyncio.sleep(self.seconds)
-        self.held = [*self.held[-1:], version]
+        self.held = [*(one for one in self.held if one in self.pinned or one == self.held[-1]), version]
 
     async def versions(self) -> list[Version]:
         return self.held
@@ -232,9 +233,11 @@ class SimulatedStore:
     async def get(self, version: Version) -> Version:
         return version
 
-    async def pin(self, version: Version) -> None: ...
+    async def pin(self, version: Version) -> None:
+        self.pinned.add(version)
 
-    async def unpin(self, version: Version) -> None: ...
+    async def unpin(self, version: Version) -> None:
+        self.pinned.discard(version)
 
     async def save(self, version: Version, folder: str, like: str) -> None: ...
 

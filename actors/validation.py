@@ -18,7 +18,7 @@ from rporec.config import ConfigError
 from rporec.engine.types import GenerationAborted, Version
 from rporec.promotion import better, promote
 
-# Reward workers that one version may cost: off policy others score on meanwhile, so no row of losses would end it.
+# Workers of a role that one version may cost: off policy others go on meanwhile, so no row of losses would end it.
 TRIES = 3
 
 
@@ -63,9 +63,11 @@ class Validation:
                 await store.unpin.remote(version)
 
     async def _write(self, version: Version) -> list[list[dict[str, Any]]] | None:
-        """By the first worker that lives to the end of it; None when the version is undone meanwhile."""
+        """By the first worker that lives to the end of it; None when the version is undone meanwhile, or, with a
+        notice, when `TRIES` did not."""
         _, prompts, specs = self.training.recipe.validation
-        while not self._undone(version):
+        lost = 0
+        while lost < TRIES and not self._undone(version):
             if not self.staff.rollouts.alive:
                 await asyncio.sleep(1.0)
                 continue
@@ -79,6 +81,8 @@ class Validation:
                 except (RayError, TimeoutError) as error:
                     if is_death(error):
                         self.staff.lost(worker, error)
+                        lost += 1
+                        self._lost(version, "rollout", lost, error)
                     elif not isinstance(error, GenerationAborted):
                         raise
                 finally:
@@ -91,7 +95,7 @@ class Validation:
         """By the first reward worker that lives to the end of it; None, with a notice, when `TRIES` did not."""
         samples, _, _ = self.training.recipe.validation
         patience = self.config.reward.timeout * max(1, math.ceil(len(samples) / REWARD_BATCH))
-        for tried in range(1, TRIES + 1):
+        for lost in range(1, TRIES + 1):
             worker = await self.staff.idle_reward()
             worker.running = 1  # one that is to leave finishes this too
             try:
@@ -101,12 +105,16 @@ class Validation:
                 if not is_death(error):
                     raise
                 self.staff.lost(worker, error)
-                if tried == TRIES:
-                    said = f"version {version} is not validated: {TRIES} reward workers were lost over it"
-                    self.training.journal.notice(f"{said}; the last: {last_words(error)}")
+                self._lost(version, "reward", lost, error)
             finally:
                 self.staff.free(worker)
         return None
+
+    def _lost(self, version: Version, role: str, number: int, error: BaseException) -> None:
+        """The `number`-th worker of a role was lost over one version; the last of them is worth a notice."""
+        if number == TRIES:
+            said = f"version {version} is not validated: {TRIES} {role} workers were lost over it"
+            self.training.journal.notice(f"{said}; the last: {last_words(error)}")
 
     async def _promote(self, version: Version, ndcg: float) -> None:
         run, rule = self.training.run, self.config.promotion

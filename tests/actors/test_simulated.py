@@ -348,18 +348,23 @@ def test_a_late_validation_leaves_no_worker_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-def test_a_version_that_nobody_can_judge_is_left_with_a_notice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int
+@pytest.mark.parametrize(
+    ("role", "actor", "asked"),
+    [("reward", SimulatedReward, "validate"), ("rollout", SimulatedRollout, "generate_many")],
+)
+def test_a_version_that_nobody_can_write_or_judge_is_left_with_a_notice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: str, actor: type, asked: str, staleness: int
 ) -> None:
-    monkeypatch.setattr(SimulatedReward, "validate", lambda self, samples, written: self.answer(1e9, dict))
+    monkeypatch.setattr(actor, asked, lambda self, first, second: self.answer(1e9, dict))
 
     async def work() -> None:
-        simulation = Simulation(tmp_path, config(max_staleness=staleness))
-        status = await asyncio.wait_for(simulation.until(), 10_000.0)
+        settings = config(max_staleness=staleness, engine={"max_num_seqs": 16, "timeout": 120.0})
+        status = await asyncio.wait_for(Simulation(tmp_path, settings).until(), 10_000.0)
         assert_whole(status, 12, 8)
         assert read_lines(tmp_path / "validation.jsonl") == []
-        assert [notice["message"].partition(" is not validated")[0] for notice in status["notices"]] == ["version 0.0"]
-        assert len(status["deaths"]) == 3
+        said = [notice["message"].partition("; the last: ")[0] for notice in status["notices"]]
+        assert said == [f"version 0.0 is not validated: 3 {role} workers were lost over it"]
+        assert [death["role"] for death in status["deaths"]] == [role] * 3
         assert all(death["cause"].startswith("it hangs") for death in status["deaths"])
 
     on_virtual_clock(work())
