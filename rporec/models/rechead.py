@@ -136,6 +136,12 @@ class RecHead(nn.Module):
         self._frozen_items = self.item_vectors().packed()
         return self
 
+    def network_alone(self) -> RecHead:
+        """The same networks without experts and unscaled: beside experts the search may have shrunk theirs to 0."""
+        alone = copy.copy(self)
+        alone.experts, alone.weights = None, {}
+        return alone
+
     def item_vectors(self) -> ItemVectors:
         """All N items as the networks see them; costs one pass over the catalogue's words unless frozen."""
         if self._frozen_items is not None:

@@ -69,13 +69,11 @@ class Preference(ReRe):
         """NAPO's judge of users and negatives: the recommender's network, which never saw the RL slice."""
         if self.config.preference.loss != "napo":
             return None
-        from rporec.models.rechead import RecHead
-
-        head = RecHead.load(self.run.head("recommender"), self.dataset.catalog).freeze()
-        head.experts = None
+        head = self._recommender
 
         def judge(samples: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
             inputs = HeadInputs.of(self.dataset, samples)
-            return head.query_vectors(inputs).numpy(), head.scores(inputs).numpy()
+            users = head.query_vectors(inputs)[:, : head.config.dim]  # without what meets the items' biases
+            return users.numpy(), head.scores(inputs).numpy()
 
         return judge

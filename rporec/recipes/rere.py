@@ -13,6 +13,7 @@ import math
 from dataclasses import replace
 from functools import cached_property
 from itertools import product
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -28,6 +29,9 @@ from rporec.text.completion_store import Part
 from rporec.text.identities import IdentityPrompts, distinct_titles, identity_tokens, tokenizer_texts
 from rporec.text.prompt import ItemWriter
 from rporec.text.sft import Pair
+
+if TYPE_CHECKING:
+    from rporec.models.rechead import RecHead
 
 OVERSAMPLED = 1.5  # groups of dynamic sampling before its selection
 
@@ -135,13 +139,15 @@ class ReRe(BaseRecipe):
 
     # --- how they are rewarded ---------------------------------------------------------------
     def judge(self) -> ItemJudge:
-        recommender = self._recommender() if self.config.rere.collaborative else None
-        return ItemJudge(self.config, self.dataset, recommender)
+        return ItemJudge(self.config, self.dataset, self._recommends() if self.config.rere.collaborative else None)
 
-    def _recommender(self) -> ItemScores:
+    def _recommends(self) -> ItemScores:
+        head = self._recommender
+        return lambda samples: head.scores(HeadInputs.of(self.dataset, samples)).numpy()
+
+    @cached_property
+    def _recommender(self) -> RecHead:
         """Its network alone: transitions and popularity counted over the RL slice would know the targets."""
         from rporec.models.rechead import RecHead
 
-        head = RecHead.load(self.run.head("recommender"), self.dataset.catalog).freeze()
-        head.experts = None
-        return lambda samples: head.scores(HeadInputs.of(self.dataset, samples)).numpy()
+        return RecHead.load(self.run.head("recommender"), self.dataset.catalog).freeze().network_alone()

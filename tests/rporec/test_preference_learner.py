@@ -159,9 +159,11 @@ def plain_loss(
 def neighbours(run: Run, recipe: Preference, groups: list[Any]) -> list[list[tuple[int, int, float]]]:
     """Per prompt (prompt, completion, margin) of every negative that counts for it."""
     head = RecHead.load(run.head("recommender"), recipe.dataset.catalog).freeze()
-    head.experts = None
-    inputs = HeadInputs.of(recipe.dataset, [group.sample for group in groups])
-    users, scores = head.query_vectors(inputs).numpy(), head.scores(inputs).numpy()
+    encoded = head.encode(HeadInputs.of(recipe.dataset, [group.sample for group in groups]))
+    scores = head.network_components(encoded)["history"]
+    with torch.no_grad():
+        items = head.item_vectors()
+        users = head._read(encoded, items)["history"].numpy()
     users = users / np.linalg.norm(users, axis=1, keepdims=True)
     [order] = by_length([group.tokens for group in groups], len(groups))  # as they stand in the micro-batch
     result = []
