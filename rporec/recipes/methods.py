@@ -106,9 +106,25 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
             inputs = HeadInputs.of(dataset, samples, texts)
             yield Method(f"rporec_{stage}_sampled", samples, _scored(head, inputs))
             yield from voted(f"rporec_{stage}_vote", samples, _scored(head, inputs))
+    if run.head("head_refit").is_dir():
+        yield from _rewarding(recipe, run, ablations, test)
     yield from _more_warmup(recipe, run, head)
     yield from _refreshed(recipe, run, ablations, test)
     yield from _ceilings(recipe, head.scores, test)
+
+
+def _rewarding(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray) -> Iterator[Method]:
+    """The LLM before and after RL under the head that rewarded it, where another, refitted one ranks test."""
+    dataset, head = recipe.dataset, RecHead.load(run.head("head"), recipe.dataset.catalog)
+    for stage in ("stage1", "stage2"):
+        for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
+            if run.completions(stage, part).is_dir():
+                samples, texts = read_completions(run.completions(stage, part))
+                yield Method(
+                    f"rporec_{stage}_rewarding{suffix}", samples, _scored(head, HeadInputs.of(dataset, samples, texts))
+                )
+    if ablations:
+        yield Method("rporec_stage2_rewarding_blank", test, _scored(head, HeadInputs.of(dataset, test)))
 
 
 def voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[Method]:

@@ -12,12 +12,15 @@ from rporec.config import SyntheticConfig, override, parse_config
 from rporec.data import build
 from rporec.data.slices import rows_of, tuning_samples
 from rporec.data.synthetic import write_synthetic
+from rporec.engine.types import SamplingSpec
 from rporec.models.experts import Experts
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.head_training import fit_weights, train_head
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe, head_stage, load_recipe
+from rporec.recipes.methods import _rewarding
 from rporec.run import Run
+from rporec.text.completion_store import Part
 
 CONFIG = {
     "name": "heads",
@@ -102,6 +105,38 @@ def test_what_a_recommender_says_of_beams_is_its_network_alone_and_unscaled(run)
     assert network.std() > 0
     assert not np.allclose(head.scores(inputs).numpy(), network)
     np.testing.assert_allclose(recipe.judge().scores(samples), network, atol=1e-6)
+
+
+def test_test_is_ranked_by_the_head_that_rewarded_too_where_another_was_refitted(run) -> None:
+    recipe = trained(run, "head.refit=train+valid", "head.fusion=residual")
+    test = recipe.evaluated("test")
+    titles = [recipe.dataset.catalog.title(item) for item in range(2)]
+    texts = {
+        stage: f"<think>{title}</think><answer>{title}</answer>"
+        for stage, title in zip(("stage1", "stage2"), titles, strict=True)
+    }
+    for stage, text in texts.items():
+        written = {"text": text, "item": None, "token_ids": [], "finish_reason": "stop"}
+        part = Part(run.completions(stage, "test"), test, SamplingSpec())
+        for shard in range(part.shards):
+            part.write(shard, [[written]] * len(part.shard(shard)))
+    catalog = recipe.dataset.catalog
+    head, refitted = (RecHead.load(run.head(name), catalog) for name in ("head", "head_refit"))
+    head.weights["text"] = 1.0
+    head.text_scale.data.fill_(1.0)
+    head.save(run.head("head"))
+    rows = np.arange(len(test))
+    expected = {
+        f"rporec_{stage}_rewarding": head.scores(HeadInputs.of(recipe.dataset, test, [text] * len(test)))
+        for stage, text in texts.items()
+    }
+    expected["rporec_stage2_rewarding_blank"] = head.scores(HeadInputs.of(recipe.dataset, test))
+    found = {method.name: method.scores(rows) for method in _rewarding(recipe, run, True, test)}
+    assert found.keys() == expected.keys()
+    assert not np.allclose(found["rporec_stage2_rewarding_blank"], refitted.scores(HeadInputs.of(recipe.dataset, test)))
+    for name, scores in expected.items():
+        np.testing.assert_array_equal(found[name], scores.numpy())
+    assert not np.allclose(found["rporec_stage1_rewarding"], found["rporec_stage2_rewarding"])
 
 
 @pytest.mark.parametrize("refit", ["none", "train+valid"])

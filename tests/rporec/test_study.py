@@ -14,7 +14,7 @@ from rporec.evaluation.ranking import hit, ndcg
 from rporec.evaluation.table import RankTable, metrics, write_metrics
 from rporec.files import read_json, write_json
 from rporec.run import Run
-from rporec.study import Result, finished, markdown, pooled, study_name, write_result
+from rporec.study import Result, finished, markdown, over_trainings, pooled, study_name, write_result
 
 USERS = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 6, size=40))
 
@@ -86,8 +86,8 @@ def test_the_tables_have_a_row_a_method_and_a_column_a_study_or_seed(tmp_path):
         f"| small-films | 0, 1 | {len(USERS)} | 40 | nothing removed |",
         "| NDCG@10 | small-films |",
         "| rporec_stage2 | .7500 [.7500, .7500] |",
-        "| NDCG@10 | seed 0 | seed 1 | all |",
-        "| rporec_stage2 | 1.0000 [1.0000, 1.0000] | .5000 [.5000, .5000] | .7500 [.7500, .7500] |",
+        "| NDCG@10 | seed 0 | seed 1 | all, new users | all, new seeds |",
+        "| rporec_stage2 | 1.0000 [1.0000, 1.0000] | .5000 [.5000, .5000] | .7500 [.7500, .7500] | .7500 [−2.4266, 3.9266] |",
         "| rporec_stage2 − popularity | +.7500 [+.7500, +.7500] |",
         f"| NDCG@10 | cold ({len(USERS)}) | head ({len(USERS)}) | coverage@10 | diversity@10 |",
         "| rporec_stage2 | .7500 (.5000–1.0000) | .7500 (.5000–1.0000) | .1500 (.1000–.2000) | – |",
@@ -122,6 +122,33 @@ def test_a_finished_study_is_known_wherever_its_data_lie_and_another_config_is_r
             finished(out, config(0, **changes))
 
 
+def test_a_finished_study_grows_by_rows_and_loses_none(tmp_path):
+    out = tmp_path / "study"
+
+    def asked(beams: list[int], baselines: list[str]) -> Config:
+        return config(0, rere={"more_beams": beams}, evaluate={"baselines": baselines, "seeds": 1})
+
+    made = result(tmp_path, asked([50], ["popularity"]), {"popularity": drawn(0, 1)})
+    for less in (asked([50], ["popularity"]), asked([], ["popularity"]), asked([50], [])):
+        assert (held := finished(out, less)) is not None
+        assert held.summary == made.summary
+    assert finished(out, asked([50, 80], ["popularity"])) is None
+    assert finished(out, asked([50], ["popularity", "rules"])) is None
+    with pytest.raises(ConfigError, match="holds 50 beams, popularity too; ask for them as well"):
+        finished(out, asked([80], ["rules"]))
+
+
+def test_new_trainings_spread_as_student_says(tmp_path):
+    values = (0.1, 0.2, 0.6)
+    results = [result(tmp_path, config(seed), {"popularity": drawn(0, 1)}) for seed in range(3)]
+    for one, value in zip(results, values, strict=True):
+        one.table["methods"]["popularity"]["ndcg@10"] = value
+    found = over_trainings(results)["popularity"]
+    half = 4.302653 * 0.264575131 / 3**0.5  # t of two degrees of freedom, standard deviation
+    assert found == pytest.approx((0.3, 0.3 - half, 0.3 + half), abs=1e-6)
+    assert over_trainings(results[:1]) == {}
+
+
 def test_what_does_not_belong_together_is_named(tmp_path):
     out = tmp_path / "study"
     with pytest.raises(ConfigError, match="no results of a study here"):
@@ -147,7 +174,7 @@ def test_one_seed_alone_may_have_the_control_and_more_beams(tmp_path):
     assert "stage2" in means
     assert "moresft" not in means
     [row] = [line for line in seeds.splitlines() if line.startswith("| rporec_stage1_moresft |")]
-    assert row.count("–") == 2, "neither seed 1 nor all"
+    assert row.count("–") == 3, "neither seed 1 nor all"
 
 
 def test_a_study_is_named_by_config_and_data_set():
