@@ -48,6 +48,20 @@ def test_s_dpo_with_one_negative_is_dpo():
     assert torch.allclose(found, -F.logsigmoid(BETA * (chosen - rejected)), atol=1e-14)
 
 
+def test_losses_worked_out_by_hand():
+    one, two = torch.zeros(1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    chosen, twice = torch.zeros(1), torch.tensor([math.log(2), math.log(4)])
+    assert s_dpo(chosen, twice, two, 0.5).tolist() == pytest.approx([math.log(1 + math.sqrt(2) + 2)])
+    margins = torch.tensor([math.log(3), 0.0])
+    assert napo(chosen, twice, (two, torch.arange(2)), margins, 1.0).tolist() == pytest.approx([math.log(11)])
+    # Of five negatives, all below the chosen item's 0, the likeliest of three clusters is {-2, -3}; the others'
+    # mean is -8, so tanh is that of (2 - 6 - 6) / 8 and (3 - 5 - 6) / 8.
+    policy = torch.tensor([-7.0, -2.0, -9.0, -3.0, -8.0])
+    ratios = torch.tensor([50.0, math.log(2), 50.0, math.log(4), 50.0])
+    found = dynamic_po(chosen, ratios, one.expand(5), 1.0, policy_chosen=chosen, policy_rejected=policy)
+    assert found.tolist() == pytest.approx([math.log(1 + 2**0.575858 + 4**0.619203)], rel=1e-6)
+
+
 def test_extreme_ratios_neither_overflow_nor_lose_the_gradient():
     chosen = torch.tensor([-400.0, 400.0], requires_grad=True)
     rejected = torch.tensor([400.0, -400.0], requires_grad=True)

@@ -56,10 +56,14 @@ def plain_beam_search(sequences, beams, gone=()):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_with_beams_enough_for_the_widest_level_it_finds_what_brute_force_finds(seed):
+@pytest.mark.parametrize("more", [0, 60])
+def test_with_beams_enough_for_the_widest_level_it_finds_what_brute_force_finds(seed, more):
     sequences = catalogue(np.random.default_rng(seed))
-    found = run(beam_search(Trie(sequences), 60))
-    assert [one.item for one in found] == sorted(range(60), key=lambda item: -score_of(sequences[item]))
+    widest = max(len({tuple(one[:depth]) for one in sequences if len(one) >= depth}) for depth in range(1, 7))
+    assert widest < 60
+    found = run(beam_search(Trie(sequences), widest + more))
+    best = sorted(range(60), key=lambda item: -score_of(sequences[item]))
+    assert [one.item for one in found] == best[: widest + more]
     for one in found:
         assert one.token_ids.tolist() == sequences[one.item]
         assert one.logprobs.tolist() == logprobs_of(sequences[one.item])
