@@ -4,8 +4,9 @@
 
 Both get the same prompts, 32 at once, of 96 tokens each, and return 16 beams from 1,000 items of five tokens;
 `generate` is kept to the trie by `prefix_allowed_tokens_fn`. Every round has new prompts, so nothing of the
-last one is cached. `…_long` is the search behind prompts of 448 tokens, `…_shared` behind prompts of 448
-tokens that begin with the same 384, as instructions and the histories of one user do.
+last one is cached. `…_long` is either behind prompts of 448 tokens, `trie_shared` the search behind prompts of 448
+tokens that begin with the same 384, as instructions and the histories of one user do. `generate` reads each prompt
+anew, whatever it shares.
 `same_items` is the share of beams that both find; items are of one length, so that none ends before another.
 """
 
@@ -99,7 +100,7 @@ class Search:
 def measure(
     shape: TinyConfig, *, items: int, prompts: int, beams: int, lengths: tuple[int, int, int], rounds: int
 ) -> tuple[Rounds, float]:
-    """Ways "trie" and "generate", and the search alone as "trie_long" and "trie_shared"; the share of equal beams."""
+    """Ways "trie", "generate", "trie_long", "generate_long" and "trie_shared"; the share of equal beams."""
     short, long, shared = lengths
     with tempfile.TemporaryDirectory() as folder:
         search = Search(Path(folder), shape, items, beams)
@@ -107,6 +108,7 @@ def measure(
             "trie": lambda number: search.by_engine(search.prompts(number, prompts, short)),
             "generate": lambda number: search.by_generate(search.prompts(number, prompts, short)),
             "trie_long": lambda number: search.by_engine(search.prompts(number, prompts, long)),
+            "generate_long": lambda number: search.by_generate(search.prompts(number, prompts, long)),
             "trie_shared": lambda number: search.by_engine(search.prompts(number, prompts, long, shared)),
         }
         try:
@@ -130,6 +132,8 @@ def run(rounds: int = ROUNDS) -> dict[str, Any]:
     ratios = {
         "trie_over_generate": round(timed.times("generate", "trie"), 3),
         "trie_over_generate_pairs": [round(float(pair), 3) for pair in timed.cpu["generate"] / timed.cpu["trie"]],
+        "trie_over_generate_long": round(timed.times("generate_long", "trie_long"), 3),
+        "trie_over_generate_shared": round(timed.times("generate_long", "trie_shared"), 3),
         "long_over_short": round(timed.times("trie_long", "trie"), 3),
         "shared_over_short": round(timed.times("trie_shared", "trie"), 3),
         "same_items": round(same, 4),

@@ -121,10 +121,10 @@ class HeadJudge:
         return habits
 
     def _before_rl(self) -> RecHead:
-        """The same head with experts that know nothing of the RL slice.
+        """The same head with experts that were counted before the RL slice.
 
         Rules and popularity that were counted over its targets would rank them high whatever the LLM
-        writes, and leave it little to gain.
+        writes, and leave it little to gain. A reranker stays: it knows no item, only how far to trust whom.
         """
         if self.head.experts is None:
             return self.head

@@ -1,4 +1,4 @@
-"""Stage 1 gives heads the samples and experts that they may know: never the RL slice to one that rewards."""
+"""Stage 1 gives heads the samples and experts that they may know: never the RL slice to the networks of one that rewards."""
 
 from __future__ import annotations
 
