@@ -45,7 +45,8 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for this poll
-    if shutil.which("nvidia-smi") is None:
+    gpus = shutil.which("nvidia-smi") is not None
+    if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on import that it looked for a GPU
     import ray
 
@@ -62,10 +63,11 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
                 "learner": max(config.learners, config.head.workers),
                 "serve": sum(role.max for role in (serve.ingresses, serve.reasoners, serve.retrievers)) + _SPARE,
             },
-            "object_store_memory": 512 * 2**20,
             "include_dashboard": True,  # `ray list actors` asks it
             "dashboard_host": "127.0.0.1",
         }
+        if config.device == "cpu" or not gpus:  # with GPUs one version may be of 16 GB: as much as Ray thinks right
+            options["object_store_memory"] = 512 * 2**20
     else:
         options |= {"address": address}
     terminate = signal.getsignal(signal.SIGTERM)
