@@ -20,6 +20,8 @@ from rporec.config import Config, ConfigError
 
 # Room for `rporec scale` and for the bulk generation of stage 1 beyond what the config starts with.
 _SPARE = 6
+# Environment of what asks for no GPU: Ray shows it all of them, torch takes the first, and that one is another's.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)
@@ -163,9 +165,11 @@ def role_options(
     role: str, cluster: Cluster, *, gpus: float = 0.0, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """`actor.options(**…)` of one role: one unit of its resource, its share of GPUs, its environment."""
+    gpus = gpus if cluster.cuda else 0
+    common = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **({} if gpus else NO_GPU)}
     return {
         "num_cpus": 0,
-        "num_gpus": gpus if cluster.cuda else 0,
+        "num_gpus": gpus,
         "resources": {role: 1},
-        "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **(env or {})}},
+        "runtime_env": {"env_vars": common | (env or {})},
     }
