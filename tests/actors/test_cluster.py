@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import ray
 
-from actors.cluster import connected, probable_cause
-from rporec.config import parse_config
+from actors.cluster import Cluster, connected, probable_cause
+from actors.reward import reward_options
+from actors.rollout import rollout_options
+from rporec.config import EngineConfig, parse_config
 
 
 class Started(Exception):
@@ -35,6 +37,31 @@ def test_the_object_store_is_a_laptops_unless_there_are_gpus(
     with pytest.raises(Started), connected(parse_config({"device": device}), None, "test"):
         pass
     assert options.get("object_store_memory") == size
+
+
+def cluster(cuda: bool) -> Cluster:
+    return Cluster(address="", namespace="test", local=True, cuda=cuda)
+
+
+def test_a_reward_worker_has_the_share_of_a_gpu_that_the_config_gives_it() -> None:
+    assert reward_options(cluster(True), 0.25)["num_gpus"] == 0.25
+    assert reward_options(cluster(True), 0.0)["num_gpus"] == 0
+    assert reward_options(cluster(False), 0.25)["num_gpus"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        reward_options(cluster(True), 0.0),
+        reward_options(cluster(True), 0.25),
+        reward_options(cluster(False), 0.25),
+        rollout_options(EngineConfig(), True),
+        rollout_options(EngineConfig(), False),
+    ],
+)
+def test_who_asks_for_no_gpu_sees_none(options: dict[str, Any]) -> None:
+    hidden = options["runtime_env"]["env_vars"].get("CUDA_VISIBLE_DEVICES")
+    assert hidden == (None if options["num_gpus"] else "")
 
 
 @pytest.mark.parametrize(
