@@ -128,9 +128,14 @@ class Sender:
         self._thread.start()
 
     def hold(self, version: Version, named: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-        """Copy the weights on the device and keep them until the next ones; returns the copies."""
+        """Copy the weights on the device and keep them until the next ones; returns the copies.
+
+        The ones before are let go of first, so that the device has room for one copy; only a broadcast under way
+        keeps them to its end. Who asks for them meanwhile is told what it is told after: they are held no more.
+        """
         if not self._thread.is_alive():
             return named
+        self._held = None
         self._held = snapshot = Snapshot.of(version, named)
         return zip(snapshot.names, snapshot.tensors, strict=True)
 

@@ -20,6 +20,8 @@ from rporec.config import Config, ConfigError
 
 # Room for `rporec scale` and for the bulk generation of stage 1 beyond what the config starts with.
 _SPARE = 6
+# Environment of what asks for no GPU: Ray shows it all of them, torch takes the first, and that one is another's.
+NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # a report waits for this poll
-    if shutil.which("nvidia-smi") is None:
+    gpus = shutil.which("nvidia-smi") is not None
+    if not gpus:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on import that it looked for a GPU
     import ray
 
@@ -62,10 +65,11 @@ def connected(config: Config, address: str | None, namespace: str) -> Iterator[C
                 "learner": max(config.learners, config.head.workers),
                 "serve": sum(role.max for role in (serve.ingresses, serve.reasoners, serve.retrievers)) + _SPARE,
             },
-            "object_store_memory": 512 * 2**20,
             "include_dashboard": True,  # `ray list actors` asks it
             "dashboard_host": "127.0.0.1",
         }
+        if config.device == "cpu" or not gpus:  # with GPUs one version may be of 16 GB: as much as Ray thinks right
+            options["object_store_memory"] = 512 * 2**20
     else:
         options |= {"address": address}
     terminate = signal.getsignal(signal.SIGTERM)
@@ -161,9 +165,11 @@ def role_options(
     role: str, cluster: Cluster, *, gpus: float = 0.0, env: dict[str, str] | None = None
 ) -> dict[str, Any]:
     """`actor.options(**…)` of one role: one unit of its resource, its share of GPUs, its environment."""
+    gpus = gpus if cluster.cuda else 0
+    common = {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **({} if gpus else NO_GPU)}
     return {
         "num_cpus": 0,
-        "num_gpus": gpus if cluster.cuda else 0,
+        "num_gpus": gpus,
         "resources": {role: 1},
-        "runtime_env": {"env_vars": {"PYTHONWARNINGS": "ignore", "TOKENIZERS_PARALLELISM": "false", **(env or {})}},
+        "runtime_env": {"env_vars": common | (env or {})},
     }

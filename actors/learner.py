@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -90,10 +92,12 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         """Copy the weights out; the next step waits neither for the store nor for the workers."""
         version = Version(attempt, number)
         weights = learner.named_weights()
-        flat = flatten(weights if sender is None else sender.hold(version, weights))
         if rank == 0:
+            flat = flatten(weights if sender is None else sender.hold(version, weights))
             ray.get(stored)  # one version on its way at a time; raises what kept it
             stored[:] = [store.put.remote(version, flat)]
+        else:
+            take_part(weights)
         return version
 
     publish(step)
@@ -128,6 +132,11 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         clock.lap("other")
     if committed < step:  # told to stop between two checkpoints
         checkpoint_at(step)
+
+
+def take_part(weights: Iterable[Any]) -> None:
+    """Keep none of the weights: rank 0 publishes them, and under ZeRO-3 they are gathered while every rank iterates."""
+    deque(weights, maxlen=0)
 
 
 def step_record(

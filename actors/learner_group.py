@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
-from actors.cluster import Cluster, last_words, probable_cause
+from actors.cluster import NO_GPU, Cluster, last_words, probable_cause
 from rporec.config import ConfigError
 from rporec.data import DataError
 from rporec.run import Run, RunError
@@ -62,7 +62,7 @@ def fit(
             name=name,
             storage_path=str((run.folder / "ray").absolute()),
             failure_config=FailureConfig(max_failures=restarts),
-            worker_runtime_env={"env_vars": env},
+            worker_runtime_env={"env_vars": env if cluster.cuda else env | NO_GPU},
         ),
     )
     failure: list[BaseException] = []

@@ -64,7 +64,8 @@ class RayPlacement:
         )
 
     def reward(self, run: Run, config: Config, name: str) -> Any:
-        return RewardWorker.options(name=_ray_name(name), **reward_options(self.cluster)).remote(run, config)
+        options = reward_options(self.cluster, config.reward.gpu_share)
+        return RewardWorker.options(name=_ray_name(name), **options).remote(run, config)
 
     def store(self) -> Any:
         here = NodeAffinitySchedulingStrategy(self.here(), soft=False)  # neither is of use without the other

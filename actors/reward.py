@@ -16,9 +16,10 @@ from rporec.recipes import load_recipe
 from rporec.run import Run
 
 
-def reward_options(cluster: Cluster) -> dict[str, Any]:
+def reward_options(cluster: Cluster, share: float) -> dict[str, Any]:
+    """`share`: of a GPU, where the cluster has any. The frozen models of the reward run there, or on the CPU."""
     env = {} if cluster.cuda else {"OMP_NUM_THREADS": "1"}
-    return role_options("reward", cluster, gpus=0.0, env=env)
+    return role_options("reward", cluster, gpus=share, env=env)
 
 
 @ray.remote

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 
+from actors.cluster import NO_GPU
 from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
 from rporec.engine.transfer import engine_gpus
@@ -37,14 +38,14 @@ def rollout_options(config: EngineConfig, cuda: bool = False) -> dict[str, Any]:
     Placement goes by the logical resource `rollout`, not by CPUs. On CUDA a worker has as many GPUs
     as its engine spreads over. Ray never restarts it: its replacement is the controller's decision.
     """
-    environment = engine_environment(config, "cuda" if cuda else "cpu") | {"PYTHONWARNINGS": "ignore"}
+    environment = engine_environment(config, "cuda" if cuda else "cpu") | ({} if cuda else NO_GPU)
     return {
         "resources": {"rollout": 1},
         "num_cpus": 0,
         "num_gpus": engine_gpus(config) if cuda else 0,
         "max_concurrency": CONCURRENT_CALLS,
         "max_restarts": 0,
-        "runtime_env": {"env_vars": environment},
+        "runtime_env": {"env_vars": environment | {"PYTHONWARNINGS": "ignore"}},
     }
 
 

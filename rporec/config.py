@@ -185,6 +185,7 @@ class RewardConfig(Section):
     mask_history: bool = False  # rank without the mask: with it the policy learns to name seen items
     embedder: str | None = None  # frozen text encoder for faithfulness: folder or hub id
     custom: str | None = None  # own reward, "module:function", added to the sum
+    gpu_share: float = Field(0.0, ge=0, le=1)  # of a GPU, for each reward worker; 0: its models run on the CPU
     timeout: float = Field(120.0, gt=0)  # seconds for one batch
 
 

@@ -68,7 +68,7 @@ def asks(config: Config, *, cuda: bool) -> list[Ask]:
     others = (serve.ingresses, serve.retrievers)
     return [
         Ask("rollout", "rollout", engine_gpus(config.engine) if cuda else 0, rollout.min, rollout.max),
-        Ask("reward", "reward", 0, reward.min, reward.max),
+        Ask("reward", "reward", config.reward.gpu_share if cuda else 0, reward.min, reward.max),
         Ask("learner", "learner", config.deepspeed.gpu_share if cuda else 0, ranks, ranks),
         Ask("serve: reasoner", "serve", 1 if cuda else 0, serve.reasoners.min, serve.reasoners.max),
         Ask("serve: other", "serve", 0, sum(one.min for one in others), sum(one.max for one in others)),

@@ -208,6 +208,7 @@ _MAY_CHANGE = {
     "engine.args.kv_cache_memory_bytes",
     "engine.timeout",
     "deepspeed.gpu_share",
+    "reward.gpu_share",
     "reward.timeout",
     "promotion",
     "serve",

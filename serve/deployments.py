@@ -11,6 +11,7 @@ from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 
+from actors.cluster import NO_GPU
 from rporec.config import Config, Elastic
 from rporec.data.feedback import FeedbackLog
 from rporec.engine.types import EngineError
@@ -123,7 +124,7 @@ def application(served: Served, *, guarded: bool, cuda: bool) -> Any:
 
 def _options(config: Config, replicas: Elastic, cuda: bool, gpus: int = 0) -> dict[str, Any]:
     settings = config.serve
-    environment = engine_environment(config.engine, "cuda" if gpus else "cpu") | {"PYTHONWARNINGS": "ignore"}
+    environment = engine_environment(config.engine, "cuda" if gpus else "cpu") | ({} if gpus else NO_GPU)
     count: dict[str, Any] = {"num_replicas": replicas.min}
     if replicas.max > replicas.min:
         half = max(1, settings.ongoing // 2)  # a replica at half of what it may take calls for another one
@@ -140,6 +141,6 @@ def _options(config: Config, replicas: Elastic, cuda: bool, gpus: int = 0) -> di
             "num_cpus": 0,
             "num_gpus": gpus,
             "resources": {"serve": 1},
-            "runtime_env": {"env_vars": environment},
+            "runtime_env": {"env_vars": environment | {"PYTHONWARNINGS": "ignore"}},
         },
     }

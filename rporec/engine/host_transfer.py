@@ -54,7 +54,10 @@ class HostUpdate(WeightTransferUpdateInfo):
 
 
 class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
-    """On CPU parameters are overwritten in place; elsewhere layers are reloaded and processed anew."""
+    """On CPU parameters are overwritten in place; elsewhere layers are reloaded and processed anew.
+
+    vLLM 0.24 does the latter in its worker, and so calls neither `start_weight_update` nor `finish_weight_update` here.
+    """
 
     init_info_cls = HostInit
     update_info_cls = HostUpdate
@@ -80,13 +83,14 @@ class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
 
             initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: HostUpdate) -> None:
+    def receive_weights(self, update_info: HostUpdate, **loader: Any) -> None:
+        """`loader`: the model's `load_weights`, which vLLM 0.24 hands to every back end, and later ones to none."""
         if update_info.broadcast is None:
             self.model.load_weights(update_info.tensors)
         elif self._nccl is None:
             raise RuntimeError("a broadcast without a group: join one first")
         else:
-            self._nccl.receive_weights(self._nccl.parse_update_info(update_info.broadcast))
+            self._nccl.receive_weights(self._nccl.parse_update_info(update_info.broadcast), **loader)
 
     def finish_weight_update(self) -> None:
         if not _IN_PLACE:
@@ -98,6 +102,11 @@ class HostWeightTransfer(WeightTransferEngine[HostInit, HostUpdate]):
         if self._nccl is not None:
             self._nccl.shutdown()
             self._nccl = None
+
+    @staticmethod
+    def trainer_send_weights(*_: Any) -> None:
+        """Abstract in vLLM up to 0.26, which asks for a learner's end here; ours is `rporec.engine.nccl.Channel`."""
+        raise NotImplementedError("this back end sends nothing: rporec.engine.nccl.Channel does")
 
     def _require_live_parameters(self) -> None:
         for name, parameter in self.model.named_parameters():

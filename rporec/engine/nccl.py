@@ -1,14 +1,14 @@
 """The learner's end of vLLM's NCCL weight transfer.
 
 The engine's end is vLLM's own back end (see `rporec.engine.host_transfer`). Of vLLM's trainer side
-only `trainer_init` is used: it has stayed the same since 0.24, while the object around it came and
-changed, and serves one engine that is always there. Both ends speak the plain protocol, one
-broadcast for each tensor, for packing is agreed on differently in every release.
+only `trainer_init` is used: what it does has stayed the same since 0.24, though it has moved, while
+the object around it came and changed, and serves one engine that is always there. Both ends speak
+the plain protocol, one broadcast for each tensor, for packing is agreed on differently in every release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,11 @@ class Channel:
     """A group of the learner's rank 0 and one engine. Construction blocks until the engine has joined."""
 
     def __init__(self, address: str, port: int, world: int, device: torch.device) -> None:
-        from vllm.distributed.weight_transfer.nccl_common import trainer_init
-
         self._stream = None
         if device.type == "cuda":
             torch.cuda.set_device(device)  # this thread's; vLLM asks for it
             self._stream = torch.cuda.Stream(device)  # beside the training's
-        self._group = trainer_init({"master_address": address, "master_port": port, "world_size": world})
+        self._group = _trainer_init()({"master_address": address, "master_port": port, "world_size": world})
 
     def send(self, snapshot: Snapshot) -> None:
         """Begin to broadcast; it is over when the engine says so. Keep the snapshot until then."""
@@ -66,6 +64,17 @@ class Channel:
         """Leave the group, also in the middle of a broadcast that the other end will never take."""
         if hasattr(self._group, "destroy"):  # not in the oldest vLLM
             self._group.destroy()
+
+
+def _trainer_init() -> Callable[[dict[str, Any]], Any]:
+    """Where this vLLM has it."""
+    try:
+        from vllm.distributed.weight_transfer.nccl_common import trainer_init
+    except ModuleNotFoundError:  # 0.24
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+        return NCCLWeightTransferEngine.trainer_init
+    return trainer_init
 
 
 def _event() -> Any:

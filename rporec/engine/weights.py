@@ -128,6 +128,19 @@ def load_safetensors(folder: Path | str) -> list[tuple[str, torch.Tensor]]:
     return [pair for path in sorted(Path(folder).glob("*.safetensors")) for pair in load_file(path).items()]
 
 
+def expected_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of what a model of this folder is published as; {} for a folder without safetensors files.
+
+    A file may hold the `lm_head.weight` of a model that ties it to its embeddings; no learner publishes that.
+    """
+    from transformers import AutoConfig
+
+    shapes = checkpoint_shapes(folder)
+    if _TIED_HEAD in shapes and AutoConfig.from_pretrained(str(folder)).tie_word_embeddings:
+        del shapes[_TIED_HEAD]
+    return shapes
+
+
 def checkpoint_shapes(folder: Path | str) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a folder's safetensors files, read from their headers alone."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from actors.broadcast import Answer, Order, Sender
 from actors.controller import Controller
 from actors.simulated import Latency, SimulatedPlacement, SimulatedRecipe, SimulatedStore, learn, on_virtual_clock
 from rporec.config import parse_config
+from rporec.engine.nccl import Snapshot
 from rporec.engine.types import Version
 from rporec.run import Run
 
@@ -162,6 +166,59 @@ def test_the_open_question_of_a_dead_learner_takes_no_order_along(tmp_path: Path
 
 
 # --- the sender ----------------------------------------------------------------------------------
+class Asleep:
+    """A controller of no cluster: its sender asks it for nothing."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+        self.next_order = self
+
+    def remote(self, *_: Any) -> None:
+        self.over.wait()
+
+
+@pytest.fixture
+def sender(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sender]:
+    monkeypatch.setattr(ray, "get", lambda answer, timeout=None: answer)
+    controller = Asleep()
+    sender = Sender(controller, attempt=0, world=2)
+    yield sender
+    controller.over.set()
+    sender._thread.join(10)
+
+
+def test_the_copy_of_a_version_is_gone_before_the_next_is_made(sender: Sender) -> None:
+    sender.hold(Version(0, 1), [("w", torch.ones(2))])
+    assert sender._held is not None
+    before = weakref.ref(sender._held.tensors[0])
+    there: list[bool] = []
+
+    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+        there.append(before() is not None)
+        meanwhile = Order("rollout-0", None, Version(0, 1), frozenset())
+        assert sender._send(meanwhile) == Answer(False)  # as after the next one: no failure, the store has it
+        yield "w", torch.ones(2)
+
+    sender.hold(Version(0, 2), weights())
+    assert there == [False]
+    assert sender._held.version == Version(0, 2)
+
+
+def test_a_broadcast_under_way_keeps_its_copy(sender: Sender) -> None:
+    sent: list[torch.Tensor] = []
+
+    class Group:
+        def send(self, snapshot: Snapshot) -> None:
+            sender.hold(Version(0, 2), [("w", torch.zeros(2))])
+            sent.extend(snapshot.tensors)
+
+    engine = SimpleNamespace(receive_weights=SimpleNamespace(remote=lambda *_: None))
+    sender._channels["rollout-0"] = Group()  # type: ignore[assignment]
+    sender.hold(Version(0, 1), [("w", torch.ones(2))])
+    assert sender._send(Order("rollout-0", engine, Version(0, 1), frozenset({"rollout-0"}))) == Answer(True)
+    assert sent[0].tolist() == [1.0, 1.0]
+
+
 @ray.remote(num_cpus=0)
 class Engine:
     """A rollout worker that keeps what it receives; `fails` instead when told so."""

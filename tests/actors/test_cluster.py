@@ -1,10 +1,67 @@
-"""What is told of a death."""
+"""What a cluster that is started here has, and what is told of a death."""
 
 from __future__ import annotations
 
-import pytest
+import shutil
+from typing import Any
 
-from actors.cluster import probable_cause
+import pytest
+import ray
+
+from actors.cluster import Cluster, connected, probable_cause
+from actors.reward import reward_options
+from actors.rollout import rollout_options
+from rporec.config import EngineConfig, parse_config
+
+
+class Started(Exception):
+    """Of Ray, which is started no further."""
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "size"),
+    [("auto", False, 512 * 2**20), ("auto", True, None), ("cuda", True, None), ("cpu", True, 512 * 2**20)],
+)
+def test_the_object_store_is_a_laptops_unless_there_are_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: bool, size: int | None
+) -> None:
+    options: dict[str, Any] = {}
+
+    def init(**given: Any) -> None:
+        options.update(given)
+        raise Started
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi" if gpus else None)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(Started), connected(parse_config({"device": device}), None, "test"):
+        pass
+    assert options.get("object_store_memory") == size
+
+
+def cluster(cuda: bool) -> Cluster:
+    return Cluster(address="", namespace="test", local=True, cuda=cuda)
+
+
+def test_a_reward_worker_has_the_share_of_a_gpu_that_the_config_gives_it() -> None:
+    assert reward_options(cluster(True), 0.25)["num_gpus"] == 0.25
+    assert reward_options(cluster(True), 0.0)["num_gpus"] == 0
+    assert reward_options(cluster(False), 0.25)["num_gpus"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        reward_options(cluster(True), 0.0),
+        reward_options(cluster(True), 0.25),
+        reward_options(cluster(False), 0.25),
+        rollout_options(EngineConfig(), True),
+        rollout_options(EngineConfig(), False),
+    ],
+)
+def test_who_asks_for_no_gpu_sees_none(options: dict[str, Any]) -> None:
+    hidden = options["runtime_env"]["env_vars"].get("CUDA_VISIBLE_DEVICES")
+    assert hidden == (None if options["num_gpus"] else "")
 
 
 @pytest.mark.parametrize(

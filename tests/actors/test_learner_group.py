@@ -55,3 +55,27 @@ def test_ranks_wait_for_one_that_works_alone_as_long_as_it_takes(
     learner_group.fit(print, {}, name="head", run=Run(tmp_path), cluster=cluster, workers=2, watch=lambda: None, env={})
     assert [one.timeout_s for one in made] == [learner_group.ALONE]
     assert learner_group.ALONE >= 12 * 3600
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_ranks_see_gpus_only_where_they_have_their_share(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cuda: bool
+) -> None:
+    made: list[Any] = []
+
+    def trainer(loop: Any, *, run_config: Any, **rest: Any) -> Any:
+        made.append(run_config.worker_runtime_env["env_vars"])
+        return SimpleNamespace(fit=lambda: None)
+
+    monkeypatch.setattr(ray.train.torch, "TorchTrainer", trainer)
+    learner_group.fit(
+        print,
+        {},
+        name="stage2",
+        run=Run(tmp_path),
+        cluster=Cluster("", "", local=True, cuda=cuda),
+        workers=1,
+        watch=lambda: None,
+        env={"OMP_NUM_THREADS": "2"},
+    )
+    assert made == [{"OMP_NUM_THREADS": "2"} | ({} if cuda else {"CUDA_VISIBLE_DEVICES": ""})]

