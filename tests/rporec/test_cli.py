@@ -170,6 +170,12 @@ def test_a_run_folder_is_never_overwritten(refused, run, here):
     assert "new: no run to resume here" in refused("train", DEMO, "--run", "new", "--resume")
 
 
+def test_a_run_that_trains_is_left_as_it_is(refused, run, here):
+    with run.locked():
+        said = refused("train", run.config_path, "--run", "run", "--resume", "--stages", "data")
+    assert "trains it; stop that one or wait for its end" in said
+
+
 def test_resume_with_a_contradiction_names_the_key(refused, run):
     assert "--resume with another backbone than" in refused(
         "train", DEMO, "--run", "run", "--resume", "backbone=x/y", "reward.faithfulness=0"
