@@ -34,6 +34,8 @@ def fetch(url: str, out: Path, progress: Progress) -> None:
         with new_folder(out) as folder:
             for name in files:
                 target = folder / name.removeprefix(root).lstrip("/")
+                if not target.resolve().is_relative_to(folder.resolve()):  # names are what a server lists
+                    raise DataError(f"{url}: lists {name!r}, which is outside of it; nothing was kept")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with system.open(name, "rb") as source, target.open("wb") as sink:
                     while piece := source.read(PIECE):

@@ -8,6 +8,7 @@ from functools import partial
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from rporec.data import DataError
 from rporec.data.remote import fetch, is_url
@@ -38,6 +39,18 @@ def test_what_breaks_off_leaves_nothing(bucket, tmp_path) -> None:
     with pytest.raises(DataError, match=r"memory://bucket/log: cannot be read \(the line went dead\)"):
         fetch(bucket, tmp_path / "source", break_off)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../../stolen.csv", "more/../../../stolen.csv"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name) -> None:
+    system = fsspec.filesystem("memory")
+    system.store[f"/bucket/log/{name}"] = MemoryFile(system, f"/bucket/log/{name}", b"x")  # as no client would put it
+    try:
+        with pytest.raises(DataError, match="which is outside of it"):
+            fetch("memory://bucket/log", tmp_path / "run" / "source", lambda *_: None)
+    finally:
+        system.store.clear()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
