@@ -18,6 +18,8 @@ from serve.guard import TOKEN_VARIABLE, read_token
 from serve.served import Served
 
 APPLICATION = "rporec"
+LOOK_EVERY = 5.0  # seconds between two looks at the cluster
+SILENT = 6  # looks in a row that find no answer until it counts as gone: one connection may fail under load
 
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
@@ -68,14 +70,15 @@ def _check_free(host: str, port: int) -> None:
 
 def _until_gone(address: str, run: Run) -> None:
     """Returns never; raises RunError when the cluster has ended, as that of a training does with it."""
-    while True:
-        time.sleep(2.0)
+    silent = 0
+    while silent < SILENT:
+        time.sleep(LOOK_EVERY)
         try:
             check_address(address)
+            silent = 0
         except ConnectionError:
-            raise RunError(
-                f"{run.folder}: the cluster that served it has ended; `rporec serve` starts another"
-            ) from None
+            silent += 1
+    raise RunError(f"{run.folder}: the cluster that served it has ended; `rporec serve` starts another")
 
 
 def _take_down(address: str) -> None:
