@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -113,6 +115,9 @@ def application(served: Served, *, guarded: bool, cuda: bool) -> Any:
     """What `serve.run` takes."""
     config = served.config
     settings = config.serve
+    if settings.token_file is not None:  # replicas have other working directories
+        absolute = settings.model_copy(update={"token_file": str(Path(settings.token_file).absolute())})
+        served = replace(served, config=config.model_copy(update={"serve": absolute}))
     reasoner = Reasoner.options(**_options(config, settings.reasoners, cuda, gpus=1 if cuda else 0))
     retriever = Retriever.options(**_options(config, settings.retrievers, cuda))
     # An ingress only waits: it must have room for what the others cannot take yet, and for those who ask how it is.

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import awaited, connected
+from actors.cluster import awaited, connected, last_words
 from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
@@ -20,6 +20,7 @@ from serve.served import Served
 APPLICATION = "rporec"
 LOOK_EVERY = 5.0  # seconds between two looks at the cluster
 SILENT = 6  # looks in a row that find no answer until it counts as gone: one connection may fail under load
+SERVE_LOGS = "its log is in /tmp/ray/session_latest/logs/serve, on its node"
 
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
@@ -94,13 +95,33 @@ def _take_down(address: str) -> None:
 
 
 def deploy(served: Served, host: str, port: int, *, guarded: bool, cuda: bool) -> Any:
-    """Deploy to the cluster that this process is connected to; returns when all replicas are healthy."""
+    """Deploy to the cluster that this process is connected to; returns when all replicas are healthy.
+
+    Raises RunError when some cannot be started.
+    """
     from ray import serve
 
     from serve.deployments import application
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    return serve.run(application(served, guarded=guarded, cuda=cuda), name=APPLICATION, route_prefix="/")
+    made = application(served, guarded=guarded, cuda=cuda)
+    try:
+        return serve.run(made, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # Serve's own, which names deployments and no reasons
+        raise RunError(f"{served.run.folder}: {_failure() or last_words(error)}; {SERVE_LOGS}") from error
+
+
+def _failure() -> str:
+    """What the deployments that failed to start died of."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    failed = {
+        name: deployment.message
+        for name, deployment in (application.deployments if application else {}).items()
+        if deployment.status == "DEPLOY_FAILED"
+    }
+    return "; ".join(f"{name} did not start: {last_words(RuntimeError(said))}" for name, said in failed.items())
 
 
 def is_loopback(host: str) -> bool:

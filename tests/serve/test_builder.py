@@ -40,3 +40,13 @@ def test_arguments_that_are_wrong_are_refused(run):
         from_file(build, {"run": str(run.folder / "none")})
     with pytest.raises(ValidationError, match="runn"):
         from_file(build, {"run": str(run.folder), "runn": 1})
+
+
+def test_a_token_file_is_found_from_every_working_directory(run, monkeypatch):
+    with run.stage("stage1"):
+        pass
+    monkeypatch.chdir(run.folder)
+    made = from_file(build, {"run": str(run.folder), "overrides": ["serve.token_file=secret/token"]})
+    served, _, reasoner, retriever = made._bound_deployment.init_args
+    for one in (served, *(other._bound_deployment.init_args[0] for other in (reasoner, retriever))):
+        assert one.config.serve.token_file == str(run.folder / "secret/token")
