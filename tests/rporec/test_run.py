@@ -69,6 +69,30 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_a_rename_waits_for_the_disk(tmp_path, disk, held):
+    path = tmp_path / "model"
+    if held:
+        path.mkdir()
+    with replacing(path) as temporary:
+        (temporary / "deep").mkdir(parents=True)
+        (temporary / "deep" / "weights").touch()
+        (temporary / "link").symlink_to("nowhere")
+    named = disk.index(f"rename {path}")
+    assert {f"sync {one}" for one in (temporary, temporary / "deep", temporary / "deep/weights")} <= set(disk[:named])
+    assert disk[-1] == f"sync {tmp_path}"
+
+
+def test_a_mount_that_cannot_sync_folders_can_be_written_to(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_json(tmp_path / "a.json", {"new": 1})
+    assert read_json(tmp_path / "a.json") == {"new": 1}
+
+
 def test_a_block_that_wrote_nothing_keeps_the_old_folder(tmp_path):
     path = tmp_path / "model"
     path.mkdir()
