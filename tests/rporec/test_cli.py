@@ -148,6 +148,12 @@ def test_a_config_that_cannot_run_is_refused_before_anything_starts(refused, ove
     assert wanted in refused("train", DEMO, *overrides)
 
 
+def test_credentials_in_a_url_are_neither_kept_nor_repeated(refused):
+    said = refused("train", DEMO, "--data", "https://me:secret@127.0.0.1/log")
+    assert "data.path: the URL holds credentials" in said
+    assert "secret" not in said
+
+
 def test_a_config_file_that_cannot_be_read_is_named(refused, here):
     assert "none.yaml: no such config file" in refused("train", "none.yaml")
     (here / "list.yaml").write_text("- a\n- b\n")

@@ -80,3 +80,20 @@ def test_a_web_server_serves_as_well(tmp_path) -> None:
         fetch(url, tmp_path / "source", lambda *_: None)
         server.shutdown()
     assert (tmp_path / "source/items.csv").read_text() == "item_id\n1\n"
+
+
+def test_what_signs_a_url_is_in_no_message(tmp_path) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/log"
+        with pytest.raises(DataError, match=f"^{url}: ") as error:
+            fetch(f"{url}?sig=SECRET&se=2026", tmp_path / "source", lambda *_: None)
+        server.shutdown()
+    assert "SECRET" not in str(error.value)
+    assert "se=2026" not in str(error.value)
