@@ -10,6 +10,7 @@ config.json        resolved config
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from rporec.config import Config, ConfigError
-from rporec.files import digest, read_json, write_json
+from rporec.files import digest, read_json, sync, sync_tree, write_json
 from rporec.rl.rollout_schema import read_groups, write_groups
 from rporec.run import Run, contradiction, read_config
 
@@ -62,24 +64,58 @@ def newest(folder: Path) -> int | None:
 
 
 def commit(folder: Path, step: int) -> None:
-    """Make the checkpoint of `step` the newest; forget old ones, and halves of a run that was killed while it wrote."""
+    """Make the checkpoint of `step` the newest; forget old ones, and halves of a run that was killed while it wrote.
+
+    Waits until its bytes are on the disk: one that counts, and is empty after a power loss, would hide the older one.
+    """
+    sync_tree(partial(folder, step))
     if place(folder, step).exists():
         shutil.rmtree(place(folder, step))
     os.replace(partial(folder, step), place(folder, step))
+    sync(folder)
     for old in committed(folder)[:-KEPT]:
         shutil.rmtree(place(folder, old))
     for left in folder.glob("step_*.tmp"):
         shutil.rmtree(left)
 
 
+def require_whole(folder: Path, step: int) -> None:
+    """ConfigError when files of the checkpoint of `step` are empty or torn; names the newest older one that is whole."""
+    if (fault := _fault(place(folder, step))) is None:
+        return
+    older = [one for one in committed(folder) if one < step and _fault(place(folder, one)) is None]
+    rest = f"--resume goes on from {place(folder, older[-1]).name}" if older else "none is whole: --resume begins anew"
+    raise ConfigError(f"{place(folder, step)}: cannot be read ({fault}); delete this folder, and {rest}")
+
+
+def _fault(folder: Path) -> str | None:
+    """What of a committed checkpoint a power loss took, as far as it shows without loading weights."""
+    for path in sorted(folder.rglob("*")):
+        part = path.relative_to(folder)
+        if part.parts[0] != "universal" and path.is_file() and not path.stat().st_size:  # that one is made anew
+            return f"{part} is empty"
+    try:
+        for path in folder.glob("*.json"):
+            json.loads(path.read_bytes())
+        for path in folder.glob("*.parquet"):
+            pq.read_metadata(path)
+    except (ValueError, OSError) as error:  # Arrow's are of both
+        return f"{path.name}: {' '.join(str(error).split())}"
+    return None
+
+
 # --- the ranks' part -------------------------------------------------------------------------
 def resume(folder: Path, learner: Learns) -> int:
-    """Load the newest checkpoint, if there is one; returns the steps behind it. All ranks call together."""
+    """Load the newest checkpoint, if there is one; returns the steps behind it. All ranks call together.
+
+    Raises ConfigError when its files are empty or torn.
+    """
     from rporec.models.trainable import from_rank_0
 
     step = from_rank_0(newest(folder))  # a late commit may fall between two ranks' looks
     if step is None:
         return 0
+    require_whole(folder, step)
     learner.load_checkpoint(place(folder, step))
     return step
 
@@ -101,11 +137,15 @@ def save(folder: Path, step: int, learner: Learns, committing: Callable[[], None
 
 
 def add_ledger(run: Run, config: Config, step: int, ledger: dict[str, Any], groups: Sequence[pa.RecordBatch]) -> None:
-    """The controller's part: the ledger's snapshot, the rows of the groups whose ids it lists, what both rest on."""
+    """The controller's part: the ledger's snapshot, the rows of the groups whose ids it lists, what both rest on.
+
+    Waits for the disk, so that `commit`, which the controller's loop waits for, need not.
+    """
     folder = partial(run.checkpoints, step)
     write_json(folder / "controller.json", {"step": step, "ledger": ledger, "head": _head_version(run)})
     write_groups(folder / "groups.parquet", groups)
     write_json(folder / "config.json", config.model_dump(mode="json"))
+    sync_tree(folder)
 
 
 def read_ledger(folder: Path) -> tuple[int, dict[str, Any], dict[int, pa.RecordBatch]]:
@@ -116,10 +156,11 @@ def read_ledger(folder: Path) -> tuple[int, dict[str, Any], dict[int, pa.RecordB
 
 
 def check(run: Run, config: Config) -> None:
-    """ConfigError when the newest checkpoint cannot go on under `config`, or was scored by another RecHead."""
+    """ConfigError when the newest checkpoint cannot be read, or go on under `config`, or was scored by another RecHead."""
     step = newest(run.checkpoints)
     if step is None:
         return
+    require_whole(run.checkpoints, step)
     folder = place(run.checkpoints, step)
     key = contradiction(read_config(folder / "config.json"), config)
     if key is not None:

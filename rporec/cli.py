@@ -160,11 +160,12 @@ def _data_path(options: argparse.Namespace) -> list[str]:
 
 
 def _train_stages(run: Run, config: Config, stages: list[str], address: str | None) -> None:
-    try:
-        importlib.import_module("actors.launch").train(run, config, stages, address, _console())
-    except Exception:
-        run.discard_if_empty()  # faulty data, say: nothing is there to resume
-        raise
+    with run.locked():
+        try:
+            importlib.import_module("actors.launch").train(run, config, stages, address, _console())
+        except Exception:
+            run.discard_if_empty()  # faulty data, say: nothing is there to resume
+            raise
 
 
 def _check_stages(stages: list[str], run: Run) -> None:

@@ -59,6 +59,15 @@ class DataConfig(Section):
             raise ValueError("none of time[:8:1:1], leave-one-out, column:NAME")
         return split
 
+    @model_validator(mode="after")  # of a key alone the message would repeat what it was given
+    def _without_credentials(self) -> DataConfig:
+        # Of other file systems a name before @ is part of the address: abfs://container@account…, sftp://user@host.
+        if self.path is not None and re.search(r"https?://[^/?#]*@|://[^/?#@]*:[^/?#@]*@", self.path):
+            raise ValueError(
+                "path: the URL holds credentials, which a run would keep in its files; put them into the environment"
+            )
+        return self
+
 
 class TinyConfig(Section):
     """Shape of `backbone: tiny`, a Qwen3 made on the spot."""

@@ -1,8 +1,9 @@
-"""Writing files that a crash cannot halve: a temporary sibling first, then a rename."""
+"""Writing files that no crash can halve, a power loss included: a temporary sibling on the disk first, then a rename."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,7 +23,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path (file or folder) that takes `path`'s place when the block succeeds.
 
     On an exception the temporary is removed and `path` stays as it was. A folder that was there
-    moves aside before it is deleted, so that a crash leaves no half of it under its own name.
+    moves aside before it is deleted, so that a crash leaves no half of it under its own name. The rename
+    waits for the bytes, else a power loss could leave the name with nothing in it: about half a millisecond
+    for a small file on an SSD, which also `status.json` pays each second, for a resumed run reads it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -32,9 +35,11 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(old)
     try:
         yield temporary
+        sync_tree(temporary)
         if path.is_dir():
             os.replace(path, old)
         os.replace(temporary, path)
+        sync(path.parent)
     finally:
         _remove(temporary)
         if old.exists() and not path.exists():
@@ -69,8 +74,18 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # of mounts that cannot do it for a folder
+            raise
     finally:
         os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """`sync` for a file, or for a folder and all that is in it; not for what links lead to."""
+    for one in [*path.rglob("*"), path]:
+        if not one.is_symlink():
+            sync(one)
 
 
 def digest(path: Path) -> str:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from rporec.config import Config, ConfigError
-from rporec.engine.transfer import engine_gpus
+from rporec.engine.transfer import engine_gpus, engine_ranks
 from rporec.files import read_json, read_lines
 from rporec.run import Run
 
@@ -66,11 +66,12 @@ def asks(config: Config, *, cuda: bool) -> list[Ask]:
     ranks = max(config.learners, config.head.workers)  # the RecHead is trained by the same role
     rollout, reward, serve = config.rollout_workers, config.reward_workers, config.serve
     others = (serve.ingresses, serve.retrievers)
+    spread = engine_ranks(config.engine)
     return [
         Ask("rollout", "rollout", engine_gpus(config.engine) if cuda else 0, rollout.min, rollout.max),
         Ask("reward", "reward", config.reward.gpu_share if cuda else 0, reward.min, reward.max),
         Ask("learner", "learner", config.deepspeed.gpu_share if cuda else 0, ranks, ranks),
-        Ask("serve: reasoner", "serve", 1 if cuda else 0, serve.reasoners.min, serve.reasoners.max),
+        Ask("serve: reasoner", "serve", spread if cuda else 0, serve.reasoners.min, serve.reasoners.max),
         Ask("serve: other", "serve", 0, sum(one.min for one in others), sum(one.max for one in others)),
     ]
 

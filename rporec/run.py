@@ -2,6 +2,7 @@
 
 config.json        resolved config               stages.json      finished stages and what they cost
 run.json           cluster of a live run         status.json      the controller's last word
+lock               held by the training that writes here
 data/              the data set (or a pointer)   backbone/        the starting LLM
 rationales/        the teacher's texts           warmup/model/    the LLM before RL
 completions/       what the LLM wrote, by stage  head/ …          RecHeads
@@ -15,6 +16,9 @@ steps.jsonl, validation.jsonl, metrics.json, ranks.parquet, rollouts.json, repor
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import shutil
 import socket
 import time
@@ -28,6 +32,10 @@ from rporec.config import Config, ConfigError, parse_config
 from rporec.files import read_json, write_json
 
 STAGES = ("data", "warmup", "stage1", "stage2", "evaluate")
+
+
+# What a mount says that knows no locks, as some of Lustre and of object storage do.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 class RunError(RuntimeError):
@@ -65,6 +73,30 @@ class Run:
                 f"{folder}: --resume with another {key} than the run began with; start a new run for that"
             )
         return run
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """For the one training that writes here; ConfigError while another process holds the run, on any machine."""
+        path = self.folder / "lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                # The kernel frees it when its process ends, however that ends, and a shared file system when its
+                # machine is lost: a file that merely exists would stop every resume after a crash on another host.
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise ConfigError(
+                    f"{self.folder}: {holder} trains it; stop that one or wait for its end "
+                    f"(should it be gone with its machine, delete {path})"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield  # the file stays: another process may have opened it already, and would lock what nobody sees
 
     def discard_if_empty(self) -> None:
         """Remove a run of which not even the data set came about, so that the next try may have its folder."""

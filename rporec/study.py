@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 from scipy.stats import t as student
 
 from rporec.config import Config, ConfigError, override, parse_config
+from rporec.data.remote import is_url
 from rporec.evaluation.bootstrap import pooled_mean
 from rporec.evaluation.table import SUMMED, RankTable, in_order, user_sums
 from rporec.files import read_json, replacing, write_json
@@ -44,7 +45,10 @@ _PACKAGES = ("rporec", "torch", "transformers", "deepspeed", "ray", "vllm", "vll
 
 def data_name(config: Config) -> str | None:
     """The last name of `data.path`, which is the same on every machine; None for the embedded world."""
-    return None if config.data.path is None else PurePosixPath(config.data.path).name
+    path = config.data.path
+    if path is not None and is_url(path):
+        path = path.partition("?")[0]  # what may sign it is not to be published
+    return None if path is None else PurePosixPath(path).name
 
 
 def study_name(config: Config) -> str:

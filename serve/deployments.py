@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from actors.cluster import NO_GPU
 from rporec.config import Config, Elastic
 from rporec.data.feedback import FeedbackLog
+from rporec.engine.transfer import engine_ranks
 from rporec.engine.types import EngineError
 from rporec.engine.vllm_start import engine_environment
 from serve.app import build_app
@@ -114,7 +117,11 @@ def application(served: Served, *, guarded: bool, cuda: bool) -> Any:
     """What `serve.run` takes."""
     config = served.config
     settings = config.serve
-    reasoner = Reasoner.options(**_options(config, settings.reasoners, cuda, gpus=1 if cuda else 0))
+    if settings.token_file is not None:  # replicas have other working directories
+        absolute = settings.model_copy(update={"token_file": str(Path(settings.token_file).absolute())})
+        served = replace(served, config=config.model_copy(update={"serve": absolute}))
+    gpus = engine_ranks(config.engine) if cuda else 0  # whole ones, which its engines share: no `gpu_share` of a run
+    reasoner = Reasoner.options(**_options(config, settings.reasoners, cuda, gpus=gpus))
     retriever = Retriever.options(**_options(config, settings.retrievers, cuda))
     # An ingress only waits: it must have room for what the others cannot take yet, and for those who ask how it is.
     waiting = settings.ongoing * (settings.reasoners.max + settings.retrievers.max) + 2 * settings.queued

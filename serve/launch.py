@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from actors.cluster import awaited, connected
+from actors.cluster import awaited, connected, last_words
 from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
@@ -18,6 +18,9 @@ from serve.guard import TOKEN_VARIABLE, read_token
 from serve.served import Served
 
 APPLICATION = "rporec"
+LOOK_EVERY = 5.0  # seconds between two looks at the cluster
+SILENT = 6  # looks in a row that find no answer until it counts as gone: one connection may fail under load
+SERVE_LOGS = "its log is in /tmp/ray/session_latest/logs/serve, on its node"
 
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
@@ -68,14 +71,15 @@ def _check_free(host: str, port: int) -> None:
 
 def _until_gone(address: str, run: Run) -> None:
     """Returns never; raises RunError when the cluster has ended, as that of a training does with it."""
-    while True:
-        time.sleep(2.0)
+    silent = 0
+    while silent < SILENT:
+        time.sleep(LOOK_EVERY)
         try:
             check_address(address)
+            silent = 0
         except ConnectionError:
-            raise RunError(
-                f"{run.folder}: the cluster that served it has ended; `rporec serve` starts another"
-            ) from None
+            silent += 1
+    raise RunError(f"{run.folder}: the cluster that served it has ended; `rporec serve` starts another")
 
 
 def _take_down(address: str) -> None:
@@ -91,13 +95,33 @@ def _take_down(address: str) -> None:
 
 
 def deploy(served: Served, host: str, port: int, *, guarded: bool, cuda: bool) -> Any:
-    """Deploy to the cluster that this process is connected to; returns when all replicas are healthy."""
+    """Deploy to the cluster that this process is connected to; returns when all replicas are healthy.
+
+    Raises RunError when some cannot be started.
+    """
     from ray import serve
 
     from serve.deployments import application
 
     serve.start(http_options={"host": host, "port": port, "location": "HeadOnly"})
-    return serve.run(application(served, guarded=guarded, cuda=cuda), name=APPLICATION, route_prefix="/")
+    made = application(served, guarded=guarded, cuda=cuda)
+    try:
+        return serve.run(made, name=APPLICATION, route_prefix="/")
+    except RuntimeError as error:  # Serve's own, which names deployments and no reasons
+        raise RunError(f"{served.run.folder}: {_failure() or last_words(error)}; {SERVE_LOGS}") from error
+
+
+def _failure() -> str:
+    """What the deployments that failed to start died of."""
+    from ray import serve
+
+    application = serve.status().applications.get(APPLICATION)
+    failed = {
+        name: deployment.message
+        for name, deployment in (application.deployments if application else {}).items()
+        if deployment.status == "DEPLOY_FAILED"
+    }
+    return "; ".join(f"{name} did not start: {last_words(RuntimeError(said))}" for name, said in failed.items())
 
 
 def is_loopback(host: str) -> bool:

@@ -13,6 +13,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
+@pytest.fixture
+def disk(monkeypatch) -> list[str]:
+    """What is brought to the disk from here on, in order: `sync PATH` and `rename PATH`, which is the new name."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor):
+        fsync(descriptor)
+        done.append(f"sync {os.readlink(f'/proc/self/fd/{descriptor}')}")
+
+    def renamed(old, new):
+        replace(old, new)
+        done.append(f"rename {new}")
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    return done
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Folder of a Qwen3 with 0.4 M parameters, random but far from uniform in what it says next."""

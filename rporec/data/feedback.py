@@ -14,7 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rporec.files import FolderWatch, replacing, sync
+from rporec.files import FolderWatch, replacing
 
 # Events by which a user did not choose an item: as a next one to predict it would teach what was refused or only shown.
 NO_CHOICE = ("dislike", "impression")
@@ -53,8 +53,6 @@ class FeedbackLog:
         table = pa.Table.from_pylist([vars(reaction) for reaction in reactions], schema=SCHEMA)
         with replacing(self.folder / f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}.parquet") as temporary:
             pq.write_table(table, temporary, compression="zstd")
-            sync(temporary)
-        sync(self.folder)
 
     def news(self) -> list[Reaction]:
         """The events of parts that this object has not returned yet, in the order of the parts."""

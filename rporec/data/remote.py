@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from rporec.data.errors import DataError
@@ -22,18 +23,23 @@ def fetch(url: str, out: Path, progress: Progress) -> None:
     """
     import fsspec
 
+    shown = _without_query(url)
     try:
         system, root = fsspec.url_to_fs(url)
         root = root.rstrip("/")
         files = {name: info["size"] or 0 for name, info in system.find(root, detail=True).items()}
         if not files:
-            raise DataError(f"{url}: nothing there; it should be a folder with interactions.* and items.*")
+            raise DataError(f"{shown}: nothing there; it should be a folder with interactions.* and items.*")
         if root in files:
-            raise DataError(f"{url}: a file; give the folder that holds interactions.* and items.*")
+            raise DataError(f"{shown}: a file; give the folder that holds interactions.* and items.*")
         done, total = 0, sum(files.values())
         with new_folder(out) as folder:
             for name in files:
                 target = folder / name.removeprefix(root).lstrip("/")
+                if not target.resolve().is_relative_to(folder.resolve()):  # names are what a server lists
+                    raise DataError(
+                        f"{shown}: lists {_without_query(name)!r}, which is outside of it; nothing was kept"
+                    )
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with system.open(name, "rb") as source, target.open("wb") as sink:
                     while piece := source.read(PIECE):
@@ -43,4 +49,9 @@ def fetch(url: str, out: Path, progress: Progress) -> None:
     except DataError:
         raise
     except Exception as error:  # each storage has exceptions of its own for credentials, networks and names
-        raise DataError(f"{url}: cannot be read ({str(error) or type(error).__name__})") from None
+        raise DataError(f"{shown}: cannot be read ({_without_query(str(error)) or type(error).__name__})") from None
+
+
+def _without_query(text: str) -> str:
+    """A URL, or a message that tells of some, without what may sign it."""
+    return re.sub(r"\?[^\s'\")]+", "", text)

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from actors.submission import STOP_SECONDS
 from clusters.ssh_pool import SshPool
 from serve.builder import Arguments
 
@@ -157,13 +158,22 @@ CONTAINER = closed(
     image=TEXT,
     resources=closed(("limits", "requests"), limits=AMOUNTS, requests=AMOUNTS),
     ports={"type": "array", "items": closed(("containerPort", "name"), containerPort=COUNT, name=TEXT)},
-    env={"type": "array", "items": closed(("name", "valueFrom"), name=TEXT, valueFrom={"required": ["secretKeyRef"]})},
+    env={
+        "type": "array",
+        "items": {
+            "oneOf": [
+                closed(("name", "value"), name=TEXT, value=TEXT),
+                closed(("name", "valueFrom"), name=TEXT, valueFrom={"required": ["secretKeyRef"]}),
+            ]
+        },
+    },
     volumeMounts={"type": "array", "items": closed(("name", "mountPath"), name=TEXT, mountPath=TEXT)},
 )
 POD = closed(
     ("spec",),
     spec=closed(
         ("containers", "volumes"),
+        terminationGracePeriodSeconds=COUNT,
         containers={"type": "array", "items": CONTAINER, "minItems": 1},
         volumes={"type": "array", "items": closed(("name",), name=TEXT, persistentVolumeClaim=AMOUNTS)},
     ),
@@ -245,6 +255,17 @@ def test_manifests_are_well_formed_and_their_groups_hold_the_roles(name, roles):
             assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
             gpus = container["resources"]["limits"].get("nvidia.com/gpu")
             assert (gpus is not None) == (group.get("groupName") in ON_GPUS)
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob"])
+def test_a_training_that_is_stopped_has_time_for_its_checkpoint(name):
+    pod = cluster_spec(name)["headGroupSpec"]["template"]["spec"]
+    (head,) = pod["containers"]
+    wait = next(one["value"] for one in head["env"] if one["name"] == "RAY_JOB_STOP_WAIT_TIME_S")
+    assert int(wait) == STOP_SECONDS < pod["terminationGracePeriodSeconds"]
+    for file in FILES:
+        (start,) = [one for one in read(file)["head_start_ray_commands"] if "ray start" in one]
+        assert f"RAY_JOB_STOP_WAIT_TIME_S={STOP_SECONDS} " in start
 
 
 def test_what_is_wrong_in_a_manifest_is_caught():

@@ -148,6 +148,12 @@ def test_a_config_that_cannot_run_is_refused_before_anything_starts(refused, ove
     assert wanted in refused("train", DEMO, *overrides)
 
 
+def test_credentials_in_a_url_are_neither_kept_nor_repeated(refused):
+    said = refused("train", DEMO, "--data", "https://me:secret@127.0.0.1/log")
+    assert "data.path: the URL holds credentials" in said
+    assert "secret" not in said
+
+
 def test_a_config_file_that_cannot_be_read_is_named(refused, here):
     assert "none.yaml: no such config file" in refused("train", "none.yaml")
     (here / "list.yaml").write_text("- a\n- b\n")
@@ -168,6 +174,12 @@ def test_a_run_folder_is_never_overwritten(refused, run, here):
     (here / "mine" / "thesis.tex").touch()
     assert "mine: not empty and not a run" in refused("train", DEMO, "--run", "mine")
     assert "new: no run to resume here" in refused("train", DEMO, "--run", "new", "--resume")
+
+
+def test_a_run_that_trains_is_left_as_it_is(refused, run, here):
+    with run.locked():
+        said = refused("train", run.config_path, "--run", "run", "--resume", "--stages", "data")
+    assert "trains it; stop that one or wait for its end" in said
 
 
 def test_resume_with_a_contradiction_names_the_key(refused, run):

@@ -172,3 +172,17 @@ def test_a_resolved_config_reads_back_as_it_was():
 )
 def test_baselines_are_named_in_a_list_or_in_one_word(written, meant):
     assert parse_config({"evaluate": {"baselines": written}}).evaluate.baselines == meant
+
+
+@pytest.mark.parametrize(
+    "url", ["https://me:secret@host/log", "https://secret@host/log", "s3://key:secret@bucket", "a::http://a:secret@h/"]
+)
+def test_credentials_in_a_url_are_refused_and_not_repeated(url):
+    with pytest.raises(ConfigError, match=r"^data\.path: the URL holds credentials") as error:
+        parse_config({"data": {"path": url}})
+    assert "secret" not in str(error.value)
+
+
+@pytest.mark.parametrize("path", ["abfs://box@account.dfs.core.windows.net/log", "s3://a/b@c:d@e", "data/a:b@c", None])
+def test_an_at_sign_alone_is_no_credential(path):
+    assert parse_config({"data": {"path": path}}).data.path == path

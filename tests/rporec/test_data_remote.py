@@ -8,6 +8,7 @@ from functools import partial
 
 import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFile
 
 from rporec.data import DataError
 from rporec.data.remote import fetch, is_url
@@ -40,6 +41,18 @@ def test_what_breaks_off_leaves_nothing(bucket, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["../../stolen.csv", "more/../../../stolen.csv"])
+def test_a_name_that_leads_out_of_the_folder_is_refused(tmp_path, name) -> None:
+    system = fsspec.filesystem("memory")
+    system.store[f"/bucket/log/{name}"] = MemoryFile(system, f"/bucket/log/{name}", b"x")  # as no client would put it
+    try:
+        with pytest.raises(DataError, match="which is outside of it"):
+            fetch("memory://bucket/log", tmp_path / "run" / "source", lambda *_: None)
+    finally:
+        system.store.clear()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
 @pytest.mark.parametrize(
     ("url", "told"),
     [
@@ -67,3 +80,20 @@ def test_a_web_server_serves_as_well(tmp_path) -> None:
         fetch(url, tmp_path / "source", lambda *_: None)
         server.shutdown()
     assert (tmp_path / "source/items.csv").read_text() == "item_id\n1\n"
+
+
+def test_what_signs_a_url_is_in_no_message(tmp_path) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(403)
+
+        do_HEAD = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/log"
+        with pytest.raises(DataError, match=f"^{url}: ") as error:
+            fetch(f"{url}?sig=SECRET&se=2026", tmp_path / "source", lambda *_: None)
+        server.shutdown()
+    assert "SECRET" not in str(error.value)
+    assert "se=2026" not in str(error.value)

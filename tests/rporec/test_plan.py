@@ -92,13 +92,19 @@ def test_with_gpus_roles_take_them_beside_their_places(pools):
     planned = plan(config, pools(with_gpus))
     assert planned["cuda"]
     assert planned["nodes"]["rollout"]["full"] == 3  # two places, but one engine takes both GPUs
-    assert placed(planned)["serve: reasoner"] == 1
+    assert placed(planned)["serve: reasoner"] == 0  # its engine spreads as far, and serving nodes have one GPU
+    assert "serve: reasoner: no node type has {serve: 1, GPU: 2}" in planned["advice"]
 
-    def without_serve_gpu(file):
+    def two_serve_gpus(file):
         with_gpus(file)
-        del file["available_node_types"]["serve"]["resources"]["GPU"]
+        file["available_node_types"]["serve"]["resources"]["GPU"] = 2
 
-    assert "serve: reasoner: no node type has {serve: 1, GPU: 1}" in plan(config, pools(without_serve_gpu))["advice"]
+    assert placed(plan(config, pools(two_serve_gpus)))["serve: reasoner"] == 1
+
+
+def test_a_reasoner_takes_whole_gpus_also_after_a_training_that_shared_one(pools):
+    halves = parse_config({"engine": {"gpu_share": 0.5}})
+    assert {role["role"]: role["gpus"] for role in plan(halves, pools(with_gpus))["roles"]}["serve: reasoner"] == 1
 
 
 def test_two_roles_that_share_a_gpu_fit_on_one(pools):

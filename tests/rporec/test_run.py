@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +20,15 @@ from rporec.run import Run
 from rporec.status import read_status, status_table
 
 CONFIG = parse_config({"steps": 3})
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from rporec.run import Run
+with Run(Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -53,6 +67,30 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path):
             (temporary / name).touch()
     assert [file.name for file in path.iterdir()] == ["two"]
     assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_rename_waits_for_the_disk(tmp_path, disk, held):
+    path = tmp_path / "model"
+    if held:
+        path.mkdir()
+    with replacing(path) as temporary:
+        (temporary / "deep").mkdir(parents=True)
+        (temporary / "deep" / "weights").touch()
+        (temporary / "link").symlink_to("nowhere")
+    named = disk.index(f"rename {path}")
+    assert {f"sync {one}" for one in (temporary, temporary / "deep", temporary / "deep/weights")} <= set(disk[:named])
+    assert disk[-1] == f"sync {tmp_path}"
+
+
+def test_a_mount_that_cannot_sync_folders_can_be_written_to(tmp_path, monkeypatch):
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_json(tmp_path / "a.json", {"new": 1})
+    assert read_json(tmp_path / "a.json") == {"new": 1}
 
 
 def test_a_block_that_wrote_nothing_keeps_the_old_folder(tmp_path):
@@ -155,6 +193,32 @@ def test_a_key_that_came_after_the_run_began_is_no_contradiction(run):
     del held["rl"]["max_tries"]
     write_json(run.config_path, held)
     Run.create(run.folder, CONFIG, resume=True)
+
+
+def test_a_run_that_another_process_trains_is_refused_until_that_one_is_gone(run):
+    with subprocess.Popen([sys.executable, "-c", HOLD, run.folder], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with (
+                pytest.raises(ConfigError, match=rf"process {holder.pid} on .* trains it; .*delete .*/lock"),
+                run.locked(),
+            ):
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    with run.locked():
+        assert (run.folder / "lock").read_text().startswith(f"process {os.getpid()} on ")
+    with run.locked():  # and after one that ended by itself
+        pass
+
+
+def test_storage_without_locks_can_be_trained_on(run, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with run.locked():
+        pass
 
 
 def test_no_run_and_half_a_run_are_told_apart(tmp_path):

@@ -180,3 +180,8 @@ def test_one_seed_alone_may_have_the_control_and_more_beams(tmp_path):
 def test_a_study_is_named_by_config_and_data_set():
     assert study_name(config(0, None)) == "small"
     assert study_name(config(0, "s3://bucket/films/")) == "small-films"
+
+
+def test_a_study_of_data_under_a_signed_url_does_not_publish_the_signature():
+    config = parse_config({"data": {"path": "https://host/logs/films?sig=a/SECRET"}})
+    assert study_name(config) == "run-films"

@@ -54,3 +54,28 @@ def test_arguments_that_are_wrong_are_refused(run):
         from_file(build, {"run": str(run.folder / "none")})
     with pytest.raises(ValidationError, match="runn"):
         from_file(build, {"run": str(run.folder), "runn": 1})
+
+
+def test_a_token_file_is_found_from_every_working_directory(run, monkeypatch):
+    with run.stage("stage1"):
+        pass
+    monkeypatch.chdir(run.folder)
+    made = from_file(build, {"run": str(run.folder), "overrides": ["serve.token_file=secret/token"]})
+    served, _, reasoner, retriever = made._bound_deployment.init_args
+    for one in (served, *(other._bound_deployment.init_args[0] for other in (reasoner, retriever))):
+        assert one.config.serve.token_file == str(run.folder / "secret/token")
+
+
+def test_a_reasoner_reserves_the_gpus_that_its_engine_spreads_over(run):
+    with run.stage("stage1"):
+        pass
+
+    def reserved(*overrides, cuda=True):
+        made = from_file(build, {"run": str(run.folder), "overrides": list(overrides), "cuda": cuda})
+        others = made._bound_deployment.init_args[2:]
+        return [one._bound_deployment.ray_actor_options["num_gpus"] for one in others]
+
+    spread = "engine.args.tensor_parallel_size=2"
+    assert reserved(spread) == [2, 0]
+    assert reserved(spread, cuda=False) == [0, 0]
+    assert reserved("engine.gpu_share=0.5") == [1, 0]
