@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,52 @@ def assert_whole(status: dict[str, Any], steps: int, groups: int) -> None:
     assert counts["CONSUMED"] == steps * groups
     assert all(counts[state] == 0 for state in ("PENDING", "RUNNING", "GENERATED", "SCORED", "READY"))
     assert sum(counts["DROPPED"].values()) + counts["CONSUMED"] == status["admitted"]
+
+
+def flat_but(monkeypatch: pytest.MonkeyPatch, learnable: int) -> None:
+    """One group in so many, by id, has rewards that differ."""
+    score = SimulatedReward.score
+
+    def judged(self: SimulatedReward, *payloads: Any) -> tuple[Any, ...]:
+        for rows in payloads:
+            rows.meta = replace(rows.meta, flat=rows.meta.group % learnable != 0)
+        return score(self, *payloads)
+
+    monkeypatch.setattr(SimulatedReward, "score", judged)
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_dynamic_sampling_has_others_take_the_place_of_flat_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, staleness: int, dynamic: bool
+) -> None:
+    flat_but(monkeypatch, 3)
+
+    async def work() -> None:
+        settings = config(max_staleness=staleness, rl={"validate_every": 1000, "dynamic_sampling": dynamic})
+        simulation = Simulation(tmp_path, settings)
+        status = await simulation.until()
+        assert_whole(status, 12, 8)
+        consumed = [group for step in simulation.seen for group in step.groups]
+        assert all(group % 3 == 0 for group in consumed) == dynamic
+        assert (status["groups"]["DROPPED"].get("flat", 0) >= 2 * 12 * 8 - 2) == dynamic
+        gaming = read_lines(tmp_path / "steps.jsonl")[-1]["gaming"]
+        assert 0.4 < gaming["flat_groups"] < 0.9
+
+    on_virtual_clock(work())
+
+
+def test_a_policy_whose_groups_are_all_flat_ends_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flat_but(monkeypatch, 10**9)
+
+    async def work() -> None:
+        settings = config(rl={"validate_every": 1000, "dynamic_sampling": True})
+        with pytest.raises(RuntimeError, match=r"the last 160 groups had one reward each.*switch dynamic sampling off"):
+            await asyncio.wait_for(Simulation(tmp_path, settings).until(), 10_000.0)
+
+    on_virtual_clock(work())
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])
