@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from actors.cluster import log_of, probable_cause
-from rporec.files import append_line, cut_lines, read_json, write_json
+from rporec.files import append_line, cut_lines, write_json
 from rporec.report.tensorboard import Scalars
 from rporec.rl.rollout_schema import GroupMeta
 from rporec.run import Run
@@ -105,7 +105,7 @@ class Journal:
 
     def status(self) -> dict[str, Any]:
         """What was last written; {} before the first time."""
-        return read_json(self.run.folder / "status.json", {})
+        return self.run.status()
 
     def remember(self) -> dict[str, Any]:
         """Ray has restarted the controller after its process died: what was told must not be told again."""
@@ -117,7 +117,7 @@ class Journal:
         return earlier
 
     def write_status(self, status: dict[str, Any]) -> None:
-        write_json(self.run.folder / "status.json", status)
+        write_json(self.run.folder / "status.json", status, lasting=False)  # each second, in the controller's loop
 
 
 def _mean_of(records: list[Any]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from actors.job import Job
 from actors.learner import rl_loop
 from actors.placement import RayPlacement
 from rporec.engine.transfer import choose_transfer
-from rporec.files import read_json, read_lines, write_json
+from rporec.files import read_lines, write_json
 from rporec.report.live import LiveTable
 from rporec.run import RunError
 
@@ -76,7 +76,7 @@ def reinforce(job: Job) -> None:
         finally:
             ray.kill(controller)
             (run.folder / "run.json").unlink(missing_ok=True)
-        status = read_json(run.folder / "status.json")
+        status = run.status()
         notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
         notes["validation"] = {record["version"]: record["ndcg@10"] for record in read_lines(run.validation)}
         notes["reward"] = [record["reward_mean"] for record in read_lines(run.steps)]
@@ -125,7 +125,7 @@ class Watch:
 
     def __call__(self) -> None:
         run = self.job.run
-        status = read_json(run.folder / "status.json", {})
+        status = run.status()
         validation = read_lines(run.validation)
         self.table.update(status, status.get("last_step") or None, validation[-1] if validation else None)
         told = [(one["time"], _obituary(one)) for one in status.get("deaths", [])]

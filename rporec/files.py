@@ -19,13 +19,12 @@ _TICK = 50_000_000  # nanoseconds, more than any file system's clock takes
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path (file or folder) that takes `path`'s place when the block succeeds.
 
     On an exception the temporary is removed and `path` stays as it was. A folder that was there
-    moves aside before it is deleted, so that a crash leaves no half of it under its own name. The rename
-    waits for the bytes, else a power loss could leave the name with nothing in it: about half a millisecond
-    for a small file on an SSD, which also `status.json` pays each second, for a resumed run reads it.
+    moves aside before it is deleted, so that a crash leaves no half of it under its own name. With `lasting`
+    the rename waits until the bytes are on the disk, else a power loss could leave the name with nothing in it.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     old = path.with_name(f".{path.name}.{os.getpid()}.old")
@@ -35,11 +34,13 @@ def replacing(path: Path) -> Iterator[Path]:
         _remove(old)
     try:
         yield temporary
-        sync_tree(temporary)
+        if lasting:
+            sync_tree(temporary)
         if path.is_dir():
             os.replace(path, old)
         os.replace(temporary, path)
-        sync(path.parent)
+        if lasting:
+            sync(path.parent)
     finally:
         _remove(temporary)
         if old.exists() and not path.exists():
@@ -54,8 +55,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    with replacing(path) as temporary:
+def write_json(path: Path, value: Any, *, lasting: bool = True) -> None:
+    with replacing(path, lasting=lasting) as temporary:
         temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

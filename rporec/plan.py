@@ -14,7 +14,7 @@ import yaml
 
 from rporec.config import Config, ConfigError
 from rporec.engine.transfer import engine_gpus, engine_ranks
-from rporec.files import read_json, read_lines
+from rporec.files import read_lines
 from rporec.run import Run
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def measured(run: Run, learners: int) -> Speeds:
     if not written:
         raise ConfigError(f"{run.folder}: too few learner steps to measure speeds by; give --rollout-seconds instead")
     config = run.config()
-    actors = read_json(run.folder / "status.json", {}).get("actors", [])
+    actors = run.status().get("actors", [])
     workers = sum(actor["role"] == "rollout" for actor in actors) or config.rollout_workers.min
     seconds = [step["seconds"] for step in steps]
     busy = fmean(min(1.0, step.get("loads", {}).get("rollout", 1.0)) for step in steps)

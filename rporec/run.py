@@ -123,6 +123,13 @@ class Run:
         """What the run began with."""
         return read_config(self.config_path)
 
+    def status(self) -> dict[str, Any]:
+        """The controller's last word; {} before its first, and where a power loss took it: it waits for no disk."""
+        try:
+            return read_json(self.folder / "status.json", {})
+        except ConfigError:
+            return {}
+
     # --- paths -------------------------------------------------------------------------------
     @property
     def config_path(self) -> Path:

@@ -22,8 +22,8 @@ def read_status(run: Run) -> dict[str, Any]:
     fell silent, and the name of the stage that comes next where stage 2 has not begun.
     """
     stages = read_json(run.folder / "stages.json", {})
-    status = read_json(run.folder / "status.json")
-    if status is None:
+    status = run.status()
+    if not status:
         pending = next((stage for stage in STAGES if stage not in stages), None)
         status = {"state": f"before {pending}" if pending else "FINISHED", "step": 0, "version": 0, "actors": []}
         status["groups"] = {**dict.fromkeys(STATES, 0), "DROPPED": {}}

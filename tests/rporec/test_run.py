@@ -25,6 +25,7 @@ HOLD = """
 import sys, time
 from pathlib import Path
 from rporec.run import Run
+from rporec.status import read_status
 with Run(Path(sys.argv[1])).locked():
     print("held", flush=True)
     time.sleep(60)
@@ -285,3 +286,14 @@ def test_a_controller_that_fell_silent_is_lost_and_its_failure_is_shown(run):
         console.print(status_table(status))
     assert "cannot open [/tmp/x]" in shown.get()
     assert "reward-1, pid 7: killed [9]" in shown.get()
+
+
+def test_a_status_that_a_power_loss_took_is_none(tmp_path):
+    run = Run.create(tmp_path / "run", parse_config({}), resume=False)
+    assert run.status() == {}
+    for torn in (b"", b'{"state": "RUN'):
+        (run.folder / "status.json").write_bytes(torn)
+        assert run.status() == {}
+        assert read_status(run)["state"] == "before data"
+    write_json(run.folder / "status.json", {"state": "RUNNING"}, lasting=False)
+    assert run.status() == {"state": "RUNNING"}
