@@ -115,9 +115,11 @@ def finished(out: Path, config: Config) -> Result | None:
             f"{result.path}: made with another {key}; move it away, or give this study a name of its own (name=…)"
         )
     held, asked = _rows(result.config), _rows(config)
-    if not asked <= held and (lost := held - asked):
+    if asked <= held:
+        return result
+    if lost := held - asked:
         raise ConfigError(f"{result.path}: holds {', '.join(sorted(lost))} too; ask for them as well, or move it away")
-    return result if asked <= held else None
+    return None
 
 
 def _rows(config: Config) -> set[str]:

@@ -115,16 +115,21 @@ def _head_methods(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndar
 
 def _rewarding(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray) -> Iterator[Method]:
     """The LLM before and after RL under the head that rewarded it, where another, refitted one ranks test."""
-    dataset, head = recipe.dataset, RecHead.load(run.head("head"), recipe.dataset.catalog)
+    head = RecHead.load(run.head("head"), recipe.dataset.catalog)
     for stage in ("stage1", "stage2"):
-        for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
-            if run.completions(stage, part).is_dir():
-                samples, texts = read_completions(run.completions(stage, part))
-                yield Method(
-                    f"rporec_{stage}_rewarding{suffix}", samples, _scored(head, HeadInputs.of(dataset, samples, texts))
-                )
+        yield from _on_text(recipe, run, stage, {f"rporec_{stage}_rewarding": head})
     if ablations:
-        yield Method("rporec_stage2_rewarding_blank", test, _scored(head, HeadInputs.of(dataset, test)))
+        yield Method("rporec_stage2_rewarding_blank", test, _scored(head, HeadInputs.of(recipe.dataset, test)))
+
+
+def _on_text(recipe: StagedRecipe, run: Run, stage: str, heads: dict[str, RecHead]) -> Iterator[Method]:
+    """Heads on the greedy and on the sampled text of a stage, as far as it was written."""
+    for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
+        if run.completions(stage, part).is_dir():
+            samples, texts = read_completions(run.completions(stage, part))
+            inputs = HeadInputs.of(recipe.dataset, samples, texts)
+            for name, head in heads.items():
+                yield Method(f"{name}{suffix}", samples, _scored(head, inputs))
 
 
 def voted(name: str, samples: np.ndarray, scores: Scores) -> Iterator[Method]:
@@ -146,13 +151,8 @@ def _more_warmup(recipe: StagedRecipe, run: Run, frozen: RecHead) -> Iterator[Me
     if not run.head("more_warmup/head").is_dir():
         return
     own = final_head(run, recipe, "more_warmup/head")
-    for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
-        if not run.completions("more_warmup", part).is_dir():
-            continue
-        samples, texts = read_completions(run.completions("more_warmup", part))
-        inputs = HeadInputs.of(recipe.dataset, samples, texts)
-        yield Method(f"rporec_stage1_moresft{suffix}", samples, _scored(own, inputs))
-        yield Method(f"rporec_stage1_moresft_frozen{suffix}", samples, _scored(frozen, inputs))
+    heads = {"rporec_stage1_moresft": own, "rporec_stage1_moresft_frozen": frozen}
+    yield from _on_text(recipe, run, "more_warmup", heads)
 
 
 def _refreshed(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray) -> Iterator[Method]:
@@ -167,10 +167,7 @@ def _refreshed(recipe: StagedRecipe, run: Run, ablations: bool, test: np.ndarray
         name, head = f"rporec_{stage}_refreshed", final_head(run, recipe, f"refreshed/{stage}")
         if ablations:
             yield Method(f"{name}_blank", test, _scored(head, HeadInputs.of(dataset, test)))
-        for part, suffix in (("test", ""), ("test_sampled", "_sampled")):
-            if run.completions(stage, part).is_dir():
-                samples, texts = read_completions(run.completions(stage, part))
-                yield Method(f"{name}{suffix}", samples, _scored(head, HeadInputs.of(dataset, samples, texts)))
+        yield from _on_text(recipe, run, stage, {name: head})
 
 
 def _scored(head: RecHead, inputs: HeadInputs) -> Scores:
