@@ -9,6 +9,10 @@ python=${PYTHON:-python3}
     exit 2
 }
 [ -x .venv/bin/python ] || "$python" -m venv .venv
+if .venv/bin/python -c 'from importlib.metadata import version; version("vllm")' 2>/dev/null; then
+    echo "setup: .venv has the vllm for GPUs and is left as it is" >&2
+    exit
+fi
 [ -x .venv/bin/uv ] || .venv/bin/pip install --quiet --disable-pip-version-check uv
 
 # uv does not read pip's own find-links, which is where a machine may keep its CPU build of torch.
