@@ -163,7 +163,7 @@ class Controller:
 
     # --- what learners call ------------------------------------------------------------------
     async def learner_starts(self) -> None:
-        """Rank 0 is about to load the newest checkpoint; RuntimeError when that has led nowhere too often."""
+        """Rank 0 is about to load model and checkpoint; RuntimeError when that has led nowhere too often."""
         self._check()
         try:
             self.ranks.start()

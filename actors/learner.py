@@ -66,13 +66,13 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     from rporec.rl.learner import Learner
     from rporec.rl.rollout_schema import write_groups
 
-    store = ray.get(controller.weight_store.remote())
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        ray.get(controller.learner_starts.remote())  # first of all: a group that dies of what follows is counted too
+    store = ray.get(controller.weight_store.remote())
     learner = Learner(run.warm_model, config, world=world)
     probes = load_recipe(run, config).probes
     ray.get(controller.start.remote())  # every rank waits for the workers here, none of them in a collective
-    if rank == 0:
-        ray.get(controller.learner_starts.remote())
     step = checkpoints.resume(run.checkpoints, learner)
     me = rank, os.getpid(), ray.get_runtime_context().get_node_id()
     attempt = from_rank_0(ray.get(controller.attach.remote(*me, step)) if rank == 0 else None)

@@ -38,7 +38,18 @@ def test_every_rank_waits_for_the_workers_before_any_collective_that_rank_0_join
     with pytest.raises(Reached):
         learner._rl_loop(Run(tmp_path), parse_config({}), controller)
     calls = [name for name, _, _ in controller.mock_calls]
-    assert calls == ["weight_store.remote", "start.remote", "learner_starts.remote"][: 3 - rank]
+    assert calls == ["learner_starts.remote", "weight_store.remote", "start.remote"][rank == 1 :]
+
+
+def test_a_group_that_dies_while_it_loads_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setattr("rporec.rl.learner.Learner", MagicMock(side_effect=MemoryError))
+    monkeypatch.setattr(ray, "get", lambda reference: reference)
+    controller = MagicMock()
+    with pytest.raises(MemoryError):
+        learner._rl_loop(Run(tmp_path), parse_config({}), controller)
+    controller.learner_starts.remote.assert_called_once_with()
 
 
 def test_ranks_wait_for_one_that_works_alone_as_long_as_it_takes(
