@@ -57,6 +57,7 @@ class Broadcasts:
         self._over = -1  # learners of this attempt and earlier ones get no more
         self._orders: asyncio.Queue[tuple[Order, asyncio.Future[Answer]] | None] = asyncio.Queue()
         self._under_way: asyncio.Future[Answer] | None = None
+        self._moved = 0.0  # when it was begun, by the loop's clock
         self._failures = 0  # since the last success
         # Seconds for a load from the store; a worker that was in a group may hang in it.
         self.patience: float | None = None
@@ -74,7 +75,7 @@ class Broadcasts:
         answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._orders.put_nowait((order, answered))
         try:
-            answer = await asyncio.wait_for(answered, PATIENCE)
+            answer = await self._answer_to(answered)
         except TimeoutError:
             self._failures = FAILURES_IN_A_ROW  # its thread hangs, and so would every other order
             answer = Answer(False, f"no answer from the learner within {PATIENCE:g} s")
@@ -83,6 +84,20 @@ class Broadcasts:
         elif answer.trouble:
             self._failed(worker, version, answer.trouble)
         return answer.sent
+
+    async def _answer_to(self, answered: asyncio.Future[Answer]) -> Answer:
+        """TimeoutError when the learner, which takes one order after the other, has come no further for too long."""
+        clock = asyncio.get_running_loop().time
+        queued = clock()
+        try:
+            while not answered.done():
+                left = max(queued, self._moved) + PATIENCE - clock()
+                if left <= 0:
+                    raise TimeoutError
+                await asyncio.wait([answered], timeout=left)
+            return answered.result()
+        finally:
+            answered.cancel()  # an order that nobody waits for any more is not begun
 
     async def next(self, attempt: int, answer: Answer | None) -> Order | None:
         """What the learner is to send, once it has told how the last order went; None: nothing any more."""
@@ -95,7 +110,7 @@ class Broadcasts:
         while (item := await orders.get()) is not None:
             order, answered = item
             if not answered.done():  # else it was waited for no longer
-                self._under_way = answered
+                self._under_way, self._moved = answered, asyncio.get_running_loop().time()
                 return order
         return None
 

@@ -32,14 +32,21 @@ STEPS = 9
 class Trained:
     """A simulated training whose learner answers orders by `send`; None from it: never."""
 
-    def __init__(self, folder: Path, send: Callable[[Order], Answer | None], put_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        send: Callable[[Order], Answer | None],
+        put_seconds: float = 0.0,
+        workers: int = 2,
+        seconds: float = 0.5,
+    ) -> None:
         config = parse_config(
-            {"groups_per_step": 8, "steps": STEPS, "checkpoint_every": 3, "rollout_workers": 2, "max_staleness": 0}
+            {"groups_per_step": 8, "steps": STEPS, "checkpoint_every": 3, "rollout_workers": workers, "max_staleness": 0}
             | {"engine": {"max_num_seqs": 16}, "rl": {"validate_every": 1000}, "promotion": {"automatic": False}}
         )
         self.placement = SimulatedPlacement(Latency(1.0, 0.5), start=5.0, put_seconds=put_seconds)
         self.controller = Controller(Run(folder), config, self.placement, SimulatedRecipe())
-        self.send, self.sent = send, list[tuple[str, Version]]()
+        self.send, self.sent, self.seconds = send, list[tuple[str, Version]](), seconds
 
     async def run(self) -> dict[str, Any]:
         await self.controller.start()
@@ -52,7 +59,7 @@ class Trained:
     async def _serve(self, attempt: int) -> None:
         answer = None
         while (order := await self.controller.next_order(attempt, answer)) is not None:
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(self.seconds)
             if (answer := self.send(order)) is None:
                 await asyncio.Event().wait()
             elif answer.sent:
@@ -134,10 +141,20 @@ def test_after_failures_in_a_row_the_store_is_used_alone(tmp_path: Path, loaded:
     assert ["from here on" in line for line in lines(status)] == [False, False, False, True]
 
 
+def test_orders_that_queue_behind_others_are_waited_for(tmp_path: Path, loaded: list) -> None:
+    """13 workers, ten seconds each: the last order takes longer than one may."""
+    trained = Trained(tmp_path, lambda _: Answer(True), workers=13, seconds=10.0)
+    status = on_virtual_clock(trained.run())
+    assert_whole(status)
+    assert lines(status) == []
+    assert len(trained.sent) > 13
+
+
 def test_a_learner_that_never_answers_is_given_up(tmp_path: Path, loaded: list) -> None:
     status = on_virtual_clock(Trained(tmp_path, lambda _: None).run())
     assert_whole(status)
-    assert sum("no answer from the learner within 120 s" in line for line in lines(status)) == 2  # one a worker
+    assert ["no answer from the learner within 120 s" in line for line in lines(status)] == [True, False]
+    assert "from here on" in lines(status)[-1]
     assert sum("from here on" in line for line in lines(status)) == 1
 
 
