@@ -33,15 +33,18 @@ class Autoscaler:
         self._seen.append((waiting, loads))
 
     def wanted(self, workers: Mapping[str, int]) -> dict[str, int]:
-        """From now on, of each role that scales, within its bounds; `workers`: what was wanted so far.
+        """From now on, of each role that scales; `workers`: what was wanted so far, by hand beyond the bounds too.
 
-        While the learner starves the role with the highest load gets one more; else those that idle have one
-        fewer. One at a time, since a worker takes longer to start than a step: the effect is to be seen first.
+        While the learner starves the role with the highest load gets one more, up to its bound; else those that idle
+        have one fewer, down to theirs. One at a time, since a worker takes longer to start than a step: the effect
+        is to be seen first.
         """
         changes = self._changes()
-        return {
-            role: min(max(workers[role] + changes.get(role, 0), low), high) for role, (low, high) in self.bounds.items()
-        }
+        return {role: self._bounded(role, workers[role], changes.get(role, 0)) for role in self.bounds}
+
+    def _bounded(self, role: str, count: int, change: int) -> int:
+        low, high = self.bounds[role]
+        return min(max(count + change, min(low, count)), max(high, count))
 
     def _changes(self) -> dict[str, int]:
         if len(self._seen) < self.steps:

@@ -68,7 +68,9 @@ def test_it_looks_at_new_steps_after_each_decision() -> None:
     assert scaler.wanted({"rollout": 2}) == {"rollout": 3}
 
 
-def test_bounds_hold_from_the_beginning() -> None:
-    scaler = Autoscaler({"rollout": (2, 4)})
-    assert scaler.wanted({"rollout": 1}) == {"rollout": 2}
-    assert scaler.wanted({"rollout": 9}) == {"rollout": 4}
+def test_what_was_set_by_hand_beyond_the_bounds_stays_until_the_rule_moves_it_back() -> None:
+    assert Autoscaler({"rollout": (2, 4)}).wanted({"rollout": 9}) == {"rollout": 9}
+    assert after(0.6, {"rollout": 5.0}, {"rollout": 9}, rollout=(2, 4)) == {"rollout": 9}
+    assert after(0.0, {"rollout": 0.1}, {"rollout": 9}, rollout=(2, 4)) == {"rollout": 8}
+    assert after(0.0, {"rollout": 0.1}, {"rollout": 1}, rollout=(2, 4)) == {"rollout": 1}
+    assert after(0.6, {"rollout": 5.0}, {"rollout": 1}, rollout=(2, 4)) == {"rollout": 2}
