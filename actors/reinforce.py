@@ -121,7 +121,7 @@ class Watch:
         self.job, self.controller, self.table = job, controller, table
         self.began = time.time()
         self.started = controller.start.remote()
-        self.told = 0.0  # when the last death or notice was that has been told of
+        self.told = self.began  # when the last death or notice was that has been told of; older ones were, before
 
     def __call__(self) -> None:
         run = self.job.run

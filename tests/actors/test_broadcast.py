@@ -41,7 +41,13 @@ class Trained:
         seconds: float = 0.5,
     ) -> None:
         config = parse_config(
-            {"groups_per_step": 8, "steps": STEPS, "checkpoint_every": 3, "rollout_workers": workers, "max_staleness": 0}
+            {
+                "groups_per_step": 8,
+                "steps": STEPS,
+                "checkpoint_every": 3,
+                "rollout_workers": workers,
+                "max_staleness": 0,
+            }
             | {"engine": {"max_num_seqs": 16}, "rl": {"validate_every": 1000}, "promotion": {"automatic": False}}
         )
         self.placement = SimulatedPlacement(Latency(1.0, 0.5), start=5.0, put_seconds=put_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import time
 from pathlib import Path
@@ -54,3 +55,21 @@ def test_a_resumed_run_does_not_end_of_what_it_once_failed_of(monkeypatch: pytes
     write_json(tmp_path / "status.json", {"state": "FAILED", "failure": "now", "actors": actors, "time": time.time()})
     with pytest.raises(RunError, match="stage 2 failed: now"):
         watch()
+
+
+def test_a_resumed_run_tells_of_no_death_of_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from actors.reinforce import Watch
+
+    death = {"role": "rollout", "name": "rollout-0", "pid": 1, "node": "n", "time": 1.0}
+    death |= {"message": "of before", "cause": "", "log": "l"}
+    status = {"state": "RUNNING", "deaths": [death], "notices": [{"time": 2.0, "message": "of before"}]}
+    write_json(tmp_path / "status.json", {**status, "time": time.time()})
+    monkeypatch.setattr(Watch, "_still_there", lambda self: None)
+    console = Console(file=io.StringIO(), width=200)
+    watch = Watch(Job(Run(tmp_path), parse_config({}), Cluster("", "", True, False), console), MagicMock(), MagicMock())
+    watch()
+    assert console.file.getvalue() == ""
+    status["notices"] = [{"time": time.time() + 1, "message": "of now"}]
+    write_json(tmp_path / "status.json", {**status, "time": time.time()})
+    watch()
+    assert console.file.getvalue() == "of now\n"
