@@ -22,6 +22,7 @@ import numpy as np
 from rporec.config import EngineConfig
 from rporec.engine.decoder import Decoder
 from rporec.engine.step_loop import StepLoop, last_words
+from rporec.engine.transfer import engine_ranks
 from rporec.engine.trie import check_room, load_trie, search
 from rporec.engine.types import (
     FIRST_VERSION,
@@ -76,6 +77,7 @@ class VllmEngine:
     ) -> None:
         self.version, self.name, self.context = version, name, context
         self._keeps_cache = config.in_flight == "keep"
+        self._spread = engine_ranks(config) > 1
         self._expected = expected_shapes(model_dir)
         with _STEPPING:
             self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
@@ -125,6 +127,8 @@ class VllmEngine:
         neither the old nor the new ones.
         """
         pairs = [(name, _as_torch(tensor)) for name, tensor in tensors]
+        if self._spread:  # they go to other processes, and a view is pickled with all of the buffer that it is of
+            pairs = [(name, tensor.clone()) for name, tensor in pairs]
         shapes = {name: tuple(tensor.shape) for name, tensor in pairs}
         return self._loop.call(lambda: self._update(version, shapes, {"tensors": pairs}))
 

@@ -1,5 +1,6 @@
 """The real vLLM against plain `transformers`, before, during and after changes of weights."""
 
+import pickle
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -333,3 +334,12 @@ def test_nothing_ends_a_completion_before_its_time(engine):
     for one in engine.submit(PROMPTS[0], held).result():
         assert 12 <= len(one.token_ids) <= 16
         assert not set(one.token_ids[:12].tolist()) & set(engine.decoder.split_stops(letters)[0])
+
+
+def test_what_goes_to_other_processes_is_no_view_of_the_whole_buffer(engine, model, monkeypatch):
+    """Those of an engine over several GPUs: pickle takes all that a view is of along with each."""
+    monkeypatch.setattr(engine, "_spread", True)
+    monkeypatch.setattr(engine, "_update", lambda version, shapes, update: update["tensors"])
+    sent = engine.update_weights(Version(0, 1), weights(model)).result(60)
+    size = sum(tensor.nbytes for _, tensor in sent)
+    assert size <= sum(len(pickle.dumps(tensor)) for _, tensor in sent) <= 1.5 * size
