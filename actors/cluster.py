@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,12 +119,12 @@ def _cuda(config: Config, *, local: bool) -> bool:
     return there
 
 
-def awaited(needed: dict[str, int]) -> str:
-    """What to tell of roles of `{role: workers}` for which the cluster, as it is now, has too little; "" when none."""
+def awaited(needed: Mapping[str, float]) -> str:
+    """What to tell of resources, as in `{role: workers}`, of which the cluster, as it is now, has too few; "" when none."""
     import ray
 
     there = ray.cluster_resources()
-    lacking = [f"{role} ({there.get(role, 0):g} of {n})" for role, n in needed.items() if there.get(role, 0) < n]
+    lacking = [f"{role} ({there.get(role, 0):g} of {n:g})" for role, n in needed.items() if there.get(role, 0) < n]
     if not lacking:
         return ""
     return f"waits for nodes: {', '.join(lacking)}; an autoscaler brings them, else `ray start --resources` does"

@@ -11,6 +11,7 @@ from rich.console import Console
 from actors.cluster import Cluster, cores, cores_beside
 from actors.learner_group import fit
 from rporec.config import Config
+from rporec.engine.transfer import engine_gpus
 from rporec.models.trainable import learner_environment
 from rporec.recipes import StagedRecipe, load_recipe
 from rporec.run import Run
@@ -34,6 +35,17 @@ class Job:
         config = self.config
         rollouts, rewards = config.rollout_workers.min, config.reward_workers.min
         return {"rollout": rollouts, "reward": rewards, "learner": config.learners}
+
+    def gpus(self) -> float:
+        """How many GPUs stage 2 holds at once; of preferences its learners alone."""
+        if not self.cluster.cuda:
+            return 0
+        config, places = self.config, self.placements()
+        learners = places["learner"] * config.deepspeed.gpu_share
+        if config.recipe == "preference":
+            return learners
+        rollouts = places["rollout"] * engine_gpus(config.engine)
+        return learners + rollouts + places["reward"] * config.reward.gpu_share
 
     def learner_env(self, ranks: int, *, alone: bool) -> dict[str, str]:
         """`alone`: no rollout workers generate meanwhile, so the ranks may have all cores."""

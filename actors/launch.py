@@ -12,7 +12,7 @@ from rich.console import Console
 from actors.cluster import awaited, connected
 from actors.job import Job
 from actors.stages import STAGES, evaluate_run, prepare_data, rank_methods
-from rporec.config import Config
+from rporec.config import Config, ConfigError
 from rporec.run import Run
 
 
@@ -25,9 +25,25 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
         console.print("nothing left to do; every stage that was asked for has finished")
         return
     with on_cluster(run, config, address, console, "rollout", "reward", "learner") as job:
+        if "stage2" in missing:
+            _check_gpus(job)
         for name in missing:
             console.rule(name)
             STAGES[name](job)
+
+
+def _check_gpus(job: Job) -> None:
+    """Before the hours of other stages: without its GPUs stage 2 waits. A cluster may get more, a machine never does."""
+    import ray
+
+    needed, there = job.gpus(), ray.cluster_resources().get("GPU", 0)
+    if job.cluster.local and there < needed:
+        raise ConfigError(
+            f"stage 2 holds {needed:g} GPUs at once, and this machine has {there:g}; roles share one with "
+            "engine.gpu_share=0.5 deepspeed.gpu_share=0.4, as in configs/gpu_1x.yaml"
+        )
+    if line := awaited({"GPU": needed}):
+        job.console.print(line, soft_wrap=True, highlight=False)
 
 
 @contextlib.contextmanager

@@ -445,6 +445,11 @@ class Config(Section):
             raise ValueError("rl.correction: none needs max_staleness: 0; off-policy tokens want tis or icepop")
         if self.groups_per_step % self.learners:
             raise ValueError(f"groups_per_step: {self.groups_per_step} is no multiple of learners: {self.learners}")
+        if max(self.learners, self.head.workers) > 1 and self.deepspeed.gpu_share < 1 and self.device != "cpu":
+            raise ValueError(
+                f"deepspeed.gpu_share: {self.deepspeed.gpu_share:g} wants learners: 1 and head.workers: 1; NCCL takes no two "
+                f"ranks on one GPU (got {self.learners} and {self.head.workers})"
+            )
         faithful = self.recipe == "rporec" and self.reward.faithfulness
         if not self.tiny_backbone and faithful and self.reward.embedder is None:
             raise ValueError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")

@@ -12,6 +12,7 @@ from actors.cluster import awaited, connected, last_words
 from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
+from rporec.engine.transfer import engine_ranks
 from rporec.promotion import promote_best, promoted
 from rporec.run import Run, RunError
 from serve.guard import TOKEN_VARIABLE, read_token
@@ -25,6 +26,8 @@ SERVE_LOGS = "its log is in /tmp/ray/session_latest/logs/serve, on its node"
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
     """Deploy, say where, and wait for Ctrl-C; then take the deployments down."""
+    import ray
+
     token = read_token(config.serve)
     if token is None and not is_loopback(host):
         raise ConfigError(
@@ -40,6 +43,9 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
         replicas = serving.ingresses.min + serving.reasoners.min + serving.retrievers.min
         if line := awaited({"serve": replicas}):
             console.print(line, soft_wrap=True, highlight=False)
+        needed = engine_ranks(config.engine) * serving.reasoners.min if cluster.cuda else 0
+        if (free := ray.available_resources().get("GPU", 0)) < needed:  # a training here holds what it has to its end
+            console.print(f"waits for GPUs: {free:g} of {needed} free", soft_wrap=True, highlight=False)
         try:
             with console.status("starting the deployments (vLLM takes a while)"):
                 deploy(Served(run, config), host, port, guarded=token is not None, cuda=cluster.cuda)

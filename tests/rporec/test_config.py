@@ -55,6 +55,10 @@ REFUSED = {
         {"engine": {"gpu_share": 0.5, "args": {"tensor_parallel_size": 2}}},
         "engine.gpu_share: 0.5 is of one GPU; leave out args.tensor_parallel_size",
     ),
+    "two ranks on one GPU": (
+        {"learners": 2, "deepspeed": {"gpu_share": 0.5}},
+        "deepspeed.gpu_share: 0.5 wants learners: 1 and head.workers: 1",
+    ),
     "endpoint without address": ({"teacher": {"kind": "openai"}}, "teacher.kind: openai needs teacher.base_url"),
     "uneven learners": ({"learners": 3, "groups_per_step": 64}, "groups_per_step: 64 is no multiple of learners: 3"),
     "new tokens under lora": (
