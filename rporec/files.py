@@ -48,6 +48,20 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[Path]:
         _remove(old)
 
 
+def recover(path: Path) -> None:
+    """After killed processes that replaced `path`: what was there before comes back if nothing took its place, halves go.
+
+    Only for who alone writes it: a replacement under way would lose its half.
+    """
+    for old in path.parent.glob(f".{path.name}.*.old"):
+        if path.exists():
+            _remove(old)
+        else:
+            os.replace(old, path)
+    for half in path.parent.glob(f".{path.name}.*.tmp"):
+        _remove(half)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

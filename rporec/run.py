@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rporec.config import Config, ConfigError, parse_config
-from rporec.files import read_json, write_json
+from rporec.files import read_json, recover, write_json
 
 STAGES = ("data", "warmup", "stage1", "stage2", "evaluate")
 
@@ -96,6 +96,7 @@ class Run:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()
+            recover(self.best_model)  # of gigabytes, and a kill while it is written is nothing unusual
             yield  # the file stays: another process may have opened it already, and would lock what nobody sees
 
     def discard_if_empty(self) -> None:

@@ -297,3 +297,22 @@ def test_a_status_that_a_power_loss_took_is_none(tmp_path):
         assert read_status(run)["state"] == "before data"
     write_json(run.folder / "status.json", {"state": "RUNNING"}, lasting=False)
     assert run.status() == {"state": "RUNNING"}
+
+
+@pytest.mark.parametrize("replaced", [True, False], ids=["halfway", "between the renames"])
+def test_the_next_training_clears_up_after_one_that_was_killed_while_it_wrote_its_best_model(
+    tmp_path: Path, replaced: bool
+) -> None:
+    """Of gigabytes, under the number of a process that does not come again."""
+    run = Run(tmp_path)
+    if replaced:
+        run.best_model.mkdir()
+        (run.best_model / "model").write_text("best")
+    else:
+        (tmp_path / ".best.123.old").mkdir()
+        (tmp_path / ".best.123.old" / "model").write_text("best")
+    (tmp_path / ".best.124.tmp").mkdir()
+    (tmp_path / ".promoted.json.125.tmp").touch()  # `rporec promote` may be writing it now
+    with run.locked():
+        assert (run.best_model / "model").read_text() == "best"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".promoted.json.125.tmp", "best", "lock"]
