@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from actors.cluster import NO_GPU
 from rporec.config import EngineConfig
 from rporec.engine.reference import ReferenceEngine
 from rporec.engine.transfer import engine_gpus
-from rporec.engine.types import FIRST_VERSION, EngineError, Generated, GenerationAborted, Spec, Version
+from rporec.engine.types import EngineError, Generated, GenerationAborted, Spec, Version
 from rporec.engine.vllm import VllmEngine
 from rporec.engine.vllm_start import engine_environment
 from rporec.engine.weights import Described, FlatWeights, unflatten
@@ -65,19 +65,17 @@ class RolloutWorker:
         self,
         name: str,
         model: str,
-        engine: EngineConfig | Mapping[str, Any],
+        engine: EngineConfig,
         context: int,
         seed: int,
         cpu_core: int | None = None,
-        version: Version = FIRST_VERSION,
     ) -> None:
         if cpu_core is not None:
             # Before torch is imported: its threads inherit the mask of the thread that starts them.
             os.sched_setaffinity(0, {cpu_core})
         self._name = name
         self._node = ray.get_runtime_context().get_node_id()
-        config = engine if isinstance(engine, EngineConfig) else EngineConfig.model_validate(engine)
-        self._engine = _engine(config, model, context, seed, version, f"rollout worker {name}")
+        self._engine = _engine(engine, model, context, seed, f"rollout worker {name}")
         self._updating = asyncio.Lock()
 
     @ray.method(num_returns=2)
@@ -124,7 +122,7 @@ class RolloutWorker:
     async def generate_many(
         self, prompts: Sequence[Sequence[int]], specs: Sequence[Spec]
     ) -> list[list[dict[str, Any]]]:
-        """Per prompt the completions that its spec asks for, {"text", "item", "token_ids", "logprobs", "finish_reason"}."""
+        """Per prompt the completions that its spec asks for, {"text", "item", "token_ids", "finish_reason"}."""
         futures = [
             asyncio.wrap_future(self._engine.submit(prompt, spec)) for prompt, spec in zip(prompts, specs, strict=True)
         ]
@@ -134,7 +132,6 @@ class RolloutWorker:
                     "text": one.text,
                     "item": one.item,
                     "token_ids": one.token_ids,
-                    "logprobs": one.logprobs,
                     "finish_reason": one.finish_reason,
                 }
                 for one in completions
@@ -189,14 +186,9 @@ class RolloutWorker:
             **self._engine.stats(),
         }
 
-    async def close(self) -> None:
-        await asyncio.to_thread(self._engine.close)
 
-
-def _engine(
-    config: EngineConfig, model: str, context: int, seed: int, version: Version, name: str
-) -> VllmEngine | ReferenceEngine:
+def _engine(config: EngineConfig, model: str, context: int, seed: int, name: str) -> VllmEngine | ReferenceEngine:
     if not Path(model).is_dir():
         raise EngineError(f"{name}: {model} is not on this node; put --run on storage that all nodes see")
     kind = VllmEngine if config.kind == "vllm" else ReferenceEngine
-    return kind(model, config, context=context, seed=seed, version=version, name=name)
+    return kind(model, config, context=context, seed=seed, name=name)

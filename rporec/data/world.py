@@ -95,21 +95,8 @@ class World:
                 successor[row, a] = b
         return successor
 
-    def next_distribution(
-        self, history: Sequence[int] | np.ndarray, time: int, times: Sequence[int] | np.ndarray | None = None
-    ) -> np.ndarray:
-        """float64 [N] probability of the item taken at `time` (seconds) after `history` (items here, oldest first).
-
-        Exact when `history` is all that the user took and `times` [len(history)] says when; without `times` the cycle
-        is inferred as if today's volumes had always been there, which hardly matters.
-        """
-        walk = Walk(self)
-        for step, item in enumerate(history):
-            walk.observe(int(item), int(time if times is None else times[step]))
-        return walk.distribution(int(time))
-
     def oracle_scores(self, dataset: Dataset, samples: Sequence[int] | np.ndarray) -> np.ndarray:
-        """float32 [len(samples), len(dataset.catalog)]: `next_distribution` after all that each user took before."""
+        """float32 [len(samples), len(dataset.catalog)]: `Walk.distribution` after all that each user took before."""
         try:
             here = np.array([self._index[item_id] for item_id in dataset.catalog.ids])
         except KeyError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,7 +25,6 @@ from rporec.text.completion import Completion
 if TYPE_CHECKING:
     import torch
 
-Count = TypeVar("Count", int, "torch.Tensor")
 Embed = Callable[[list[str]], np.ndarray]  # n texts -> [n, D]
 Custom = Callable[[Sequence[Completion], np.ndarray, np.ndarray], np.ndarray]  # completions, targets, rank -> [B]
 
@@ -190,19 +189,11 @@ def _ranks(
 # --- the learner's half
 
 
-def entropy_term(entropies: np.ndarray) -> float:
-    """Mean of the top ceil(0.2 n) of the n token entropies inside one CoT minus the mean of all n; 0 when n = 0."""
-    n = len(entropies)
-    if n == 0:
-        return 0.0
-    top = np.sort(np.asarray(entropies, np.float64))[n - _top(n) :]
-    return float(top.mean() - np.mean(entropies, dtype=np.float64))
-
-
 def entropy_terms(
     entropies: torch.Tensor, owner: torch.Tensor, in_cot: torch.Tensor, format: torch.Tensor
 ) -> torch.Tensor:
-    """`entropy_term` of R completions at once, float32 [R]; 0 where format is 0.
+    """Mean of the top ceil(0.2 n) of the n token entropies inside each CoT minus the mean of all n, float32 [R];
+    0 where n or the format is 0.
 
     entropies [T] of all completion tokens, owner int64 [T] their rows, in_cot bool [T], format [R].
     """
@@ -229,7 +220,7 @@ def finish(
     return reward_without_entropy + weights.entropy * format * entropy_terms
 
 
-def _top(n: Count) -> Count:
+def _top(n: torch.Tensor) -> torch.Tensor:
     return (n + 4) // 5  # ceil(0.2 n) in integers: 0.2 * 15 is a little more than 3
 
 
@@ -274,20 +265,12 @@ def load_custom(spec: str) -> Custom:
 # --- how a reward gets gamed
 
 
-def gaming(
-    answers: Sequence[str],
-    seen: Sequence[np.ndarray],
-    name: Callable[[int], str],
-    *,
-    reward: np.ndarray | None = None,
-    group: np.ndarray | None = None,
-) -> dict[str, float]:
-    """Warning signs in R completions: `seen_answers` (share), `distinct_answers` (count), `flat_groups` (share).
+def gaming(answers: Sequence[str], seen: Sequence[np.ndarray], name: Callable[[int], str]) -> dict[str, float]:
+    """Warning signs in R completions: `seen_answers` (share), `distinct_answers` (count).
 
     seen: per completion all the user's earlier items. name: how an item is written, its title before any
     " ; " (`Catalog.title` or `ItemWriter.short`). An answer names an item when its own part before " ; " equals
-    the title, case and blanks aside. reward (without entropy, NaN where masked) and group: [R]; without them
-    no `flat_groups`.
+    the title, case and blanks aside.
     """
     named = [_title(answer) for answer in answers]
     titles = {item: _title(name(item)) for item in {item for items in seen for item in items.tolist()}}
@@ -296,19 +279,13 @@ def gaming(
         for title, items in zip(named, seen, strict=True)
     ]
     distinct = {" ".join(answer.split()).casefold() for answer in answers}
-    result = {"seen_answers": float(np.mean(known)) if known else 0.0, "distinct_answers": float(len(distinct - {""}))}
-    if reward is not None and group is not None:
-        result["flat_groups"] = float(flat_groups(reward, group).mean()) if len(reward) else 0.0
-    return result
+    return {"seen_answers": float(np.mean(known)) if known else 0.0, "distinct_answers": float(len(distinct - {""}))}
 
 
-def flat_groups(reward: np.ndarray, group: np.ndarray) -> np.ndarray:
-    """Per group, in order of its number: do all rewards [R] agree to 1e-6? NaN (masked) rows do not count."""
-    groups, owner = np.unique(group, return_inverse=True)
-    low, high = np.full(len(groups), np.inf), np.full(len(groups), -np.inf)
-    np.fmin.at(low, owner, reward)
-    np.fmax.at(high, owner, reward)
-    return ~(high - low > FLAT)
+def is_flat(reward: np.ndarray) -> bool:
+    """Whether all rewards [R] of a group agree to 1e-6; those that are NaN do not count."""
+    reward = np.asarray(reward, np.float64)
+    return bool(np.fmax.reduce(reward, initial=-np.inf) - np.fmin.reduce(reward, initial=np.inf) <= FLAT)
 
 
 def _title(text: str) -> str:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from rporec.engine.types import Generated, Version
 from rporec.files import replacing
 from rporec.rl import item_rewards
-from rporec.rl.rewards import Scored, flat_groups
+from rporec.rl.rewards import Scored, is_flat
 from rporec.text.completion import TAGS, Completion, answer_alone, cot_token_span, parse
 
 PARTS = ("pre", "cot", "mid", "answer", "post")
@@ -253,7 +253,7 @@ def group_meta(batch: pa.RecordBatch, gaming: Mapping[str, float] | None = None)
         meta,
         reward_mean=float(reward.mean()) if len(reward) else None,
         reward_std=float(reward.std()) if len(reward) else None,
-        flat=bool(flat_groups(reward, np.zeros(len(reward), np.int64)).all()),
+        flat=is_flat(reward),
         masked=batch.num_rows - len(reward),
         parts={name: float(values.mean()) for name, values in parts.items() if len(values)},
     )

@@ -37,7 +37,7 @@ def cluster():
 @pytest.fixture(scope="module")
 def worker(cluster, tiny_model):
     return RolloutWorker.options(**rollout_options(CONFIG)).remote(
-        name="rollout-0", model=str(tiny_model), engine=CONFIG.model_dump(), context=256, seed=0, cpu_core=0
+        name="rollout-0", model=str(tiny_model), engine=CONFIG, context=256, seed=0, cpu_core=0
     )
 
 

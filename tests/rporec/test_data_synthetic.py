@@ -69,9 +69,10 @@ def test_the_oracle_is_a_distribution_and_its_world_survives_json(dataset):
     here = np.array([world.item_ids.index(item_id) for item_id in dataset.catalog.ids])
     for sample, row in zip(samples[:5], scores, strict=False):
         start, end = dataset.offsets[dataset.sample_user[sample]], dataset.sample_row[sample]
-        one = world.next_distribution(
-            here[dataset.seen(sample)], dataset.times([sample])[0], dataset.timestamps[start:end]
-        )
+        walk = Walk(world)  # each user's own, where `oracle_scores` walks on
+        for item, time in zip(here[dataset.seen(sample)], dataset.timestamps[start:end], strict=True):
+            walk.observe(int(item), int(time))
+        one = walk.distribution(int(dataset.times([sample])[0]))
         np.testing.assert_allclose(one[here], row, rtol=1e-5)
         assert one[here[dataset.seen(sample)]].max() == 0
 

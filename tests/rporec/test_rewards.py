@@ -11,12 +11,11 @@ import torch
 from rporec.config import ConfigError, RewardConfig
 from rporec.rl.rewards import (
     conciseness,
-    entropy_term,
     entropy_terms,
     faithfulness,
     finish,
-    flat_groups,
     gaming,
+    is_flat,
     load_custom,
     outside,
     parse_summary,
@@ -179,13 +178,26 @@ def test_rank_among_candidates_by_hand():
         score(scores, np.array([3]), None, [written()], PLAIN, candidates=candidates)
 
 
-def test_entropy_term_by_hand():
-    assert entropy_term(np.array([])) == 0.0
-    assert entropy_term(np.array([2.0])) == 0.0
-    assert entropy_term(np.array([0.0, 1.0, 0.0, 3.0])) == 3.0 - 1.0  # top ceil(0.8) = 1
-    assert entropy_term(np.array([4.0, 2.0, 0, 0, 0, 0])) == 3.0 - 1.0  # top ceil(1.2) = 2
-    fifteen = np.array([9.0, 6.0, 3.0, *[0.0] * 12])
-    assert entropy_term(fifteen) == pytest.approx(6.0 - 1.2)  # top 3, although 0.2 * 15 > 3 in floats
+@pytest.mark.parametrize(
+    ("entropies", "term"),
+    [
+        ([], 0.0),
+        ([2.0], 0.0),
+        ([0.0, 1.0, 0.0, 3.0], 3.0 - 1.0),  # top ceil(0.8) = 1
+        ([4.0, 2.0, 0.0, 0.0, 0.0, 0.0], 3.0 - 1.0),  # top ceil(1.2) = 2
+        ([9.0, 6.0, 3.0, *[0.0] * 12], 6.0 - 1.2),  # top 3, although 0.2 * 15 > 3 in floats
+    ],
+)
+def test_entropy_terms_by_hand(entropies, term):
+    size = len(entropies)
+    tokens = torch.tensor(entropies), torch.zeros(size, dtype=torch.int64), torch.ones(size, dtype=torch.bool)
+    assert entropy_terms(*tokens, torch.ones(1)).item() == pytest.approx(term)
+
+
+def entropy_term(entropies: np.ndarray) -> float:
+    """Of one completion, straight from the definition."""
+    top = np.sort(entropies)[::-1][: math.ceil(len(entropies) / 5)]
+    return top.mean() - entropies.mean() if len(entropies) else 0.0
 
 
 def test_entropy_terms_of_a_batch_equal_those_of_each_completion():
@@ -251,12 +263,9 @@ def test_gaming_sees_answers_that_repeat_the_history_and_collapse():
     answers = [" dune  ; scifi ; Herbert", "Solaris", "UBIK", "", "Solaris"]
     signs = gaming(answers, seen, titles.__getitem__)
     assert signs == {"seen_answers": 3 / 5, "distinct_answers": 3.0}
-    reward, group = np.array([1.0, 1.0, 0.0, 0.5, np.nan]), np.array([4, 4, 9, 9, 9])
-    assert gaming(answers, seen, titles.__getitem__, reward=reward, group=group)["flat_groups"] == 0.5
     assert gaming([], [], titles.__getitem__)["seen_answers"] == 0.0
 
 
 def test_a_group_is_flat_when_no_two_of_its_scored_rewards_differ():
-    reward = np.array([0.5, 0.5 + 1e-8, 0.1, 0.2, 0.3, np.nan, np.nan])
-    group = np.array([5, 5, 2, 2, 7, 7, 8])
-    assert flat_groups(reward, group).tolist() == [False, True, True, True]  # groups 2, 5, 7, 8
+    assert not is_flat(np.array([0.1, 0.2]))
+    assert all(is_flat(np.array(rewards)) for rewards in ([0.5, 0.5 + 1e-8], [0.3, np.nan], [np.nan], []))
