@@ -75,7 +75,7 @@ def groups(
         ]
         lease = Lease(number, number, rng.integers(5, vocabulary, prompt).astype(np.int32), number)
         reward = rng.random(size).astype(np.float32)
-        scored = Scored(np.ones(size), np.ones(size), {"ndcg": reward}, reward, np.zeros(size, bool))
+        scored = Scored(np.ones(size), {"ndcg": reward}, reward, np.zeros(size, bool))
         return with_rewards(rollout_batch(lease, written, [["x"] * completion] * size), scored)
 
     return [one(number) for number in range(count)]

@@ -52,7 +52,7 @@ class ItemJudge:
         reward, parts = item_rewards(items, target, self.config.rere, self._vectors, scores)
         found = np.flatnonzero(items == target)
         rank = np.full(len(items), found[0] + 1.0 if len(found) else np.nan)
-        return with_rewards(batch, Scored(rank, parts["rule"], parts, reward, np.zeros(len(items), bool)))
+        return with_rewards(batch, Scored(rank, parts, reward, np.zeros(len(items), bool)))
 
     def _habits(self, group: pa.RecordBatch) -> dict[str, float]:
         """Share of items that the user had before, and how many different ones there are."""

@@ -38,7 +38,6 @@ class Scored:
     """Scores of B completions; the values of masked rows mean nothing."""
 
     rank: np.ndarray  # float64 [B], counted from 1; NaN where nothing was ranked
-    ndcg: np.ndarray  # float64 [B]; float32 where items are rewarded
     parts: dict[str, np.ndarray]  # float32 [B] each: the terms, unweighted and before the format gate
     reward_without_entropy: np.ndarray  # float32 [B]
     masked: np.ndarray  # bool [B]: scoring failed
@@ -78,7 +77,7 @@ def score(
         rank[~masked] = _ranks(scores, targets, exclude, candidates, ~masked)
     gain = np.nan_to_num(ndcg(rank))
     if completions is None:
-        return Scored(rank, gain, {"ndcg": gain.astype(np.float32)}, gain.astype(np.float32), masked)
+        return Scored(rank, {"ndcg": gain.astype(np.float32)}, gain.astype(np.float32), masked)
 
     if scores is None and weights.ndcg:
         raise ConfigError("reward.ndcg needs a RecHead's scores; set it to 0 to train without a head")
@@ -105,7 +104,7 @@ def score(
         parts["custom"] = np.nan_to_num(own)
         total = total + parts["custom"]
     reward = (form * total).astype(np.float32)
-    return Scored(rank, gain, {name: part.astype(np.float32) for name, part in parts.items()}, reward, masked)
+    return Scored(rank, {name: part.astype(np.float32) for name, part in parts.items()}, reward, masked)
 
 
 def weights_for(weights: RewardConfig, *, tiny: bool) -> RewardConfig:

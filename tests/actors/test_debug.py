@@ -26,7 +26,7 @@ def group(number: int, *, scored: bool = True) -> pa.RecordBatch:
     lease = Lease(number, sample=number, prompt_ids=np.arange(3, dtype=np.int32), seed=number)
     one = Generated(np.arange(2, dtype=np.int32), np.zeros(2, np.float32), ((FIRST_VERSION, 0, 2),), "stop", "ab")
     rows, values = rollout_batch(lease, [one, one], [PIECES, PIECES]), np.array([0.0, 1.0], np.float32)
-    return with_rewards(rows, Scored(values, values, {}, values, np.zeros(2, bool))) if scored else rows
+    return with_rewards(rows, Scored(values, {}, values, np.zeros(2, bool))) if scored else rows
 
 
 @pytest.fixture

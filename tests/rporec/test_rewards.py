@@ -78,7 +78,7 @@ def test_the_sum_without_entropy_by_hand():
     weights = RewardConfig(format=0.1, outside=0.2, ndcg=0.5, conciseness=0.3, faithfulness=0.4)
     result = score(scores, np.array([3, 0, 0]), None, rows, weights, summaries=["ab", "bbb", ""], embed=by_letter)
     assert result.rank.tolist() == [3.0, 1.0, 1.0]
-    assert result.ndcg.tolist() == [0.5, 1.0, 1.0]
+    assert result.parts["ndcg"].tolist() == [0.5, 1.0, 1.0]
     assert result.parts["format"].tolist() == [1, 1, 0]
     assert result.parts["outside"].tolist() == [0.5, 1.0, 1.0]
     assert result.parts["conciseness"].tolist() == [0.5, 0.75, 0.0]

@@ -52,7 +52,7 @@ def batch(group: int = 7) -> pa.RecordBatch:
 
 def scored(rewards: list[float], masked: list[bool]) -> Scored:
     values = np.array(rewards)
-    return Scored(values + 1, values, {"format": values, "ndcg": values}, values.astype(np.float32), np.array(masked))
+    return Scored(values + 1, {"format": values, "ndcg": values}, values.astype(np.float32), np.array(masked))
 
 
 def test_a_batch_has_the_schema_and_survives_arrow_ipc():
