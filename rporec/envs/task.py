@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 
-from rporec.config import ConfigError, RewardConfig
+from rporec.config import ConfigError
 from rporec.data import SPLITS, Dataset
-from rporec.rl import rewards
+from rporec.evaluation.ranking import ndcg, ranks
+from rporec.rl.rewards import Scored
 from rporec.text.completion import Completion, parse
 from rporec.text.prompt import PromptWriter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Judge = Callable[[np.ndarray, Sequence[Completion]], rewards.Scored]  # samples [B], completions [B]
+Judge = Callable[[np.ndarray, Sequence[Completion]], Scored]  # samples [B], completions [B]
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,9 @@ class Task:
             scored = self.judge(asked, [parse(self._text(ids)) for ids in actions])
         else:
             seen = self.dataset.seen_of(asked) if self.exclude_history else None
-            scored = rewards.score(self._scores(actions), self.dataset.targets(asked), seen, None, RewardConfig())
+            rank = ranks(self._scores(actions), self.dataset.targets(asked), seen)
+            gain = ndcg(rank).astype(np.float32)
+            scored = Scored(rank, {"ndcg": gain}, gain, np.zeros(len(asked), bool))
         paid = np.where(scored.masked, np.nan, scored.reward_without_entropy)
         return [
             Outcome(float(paid[row]), float(scored.rank[row]), {k: float(v[row]) for k, v in scored.parts.items()})

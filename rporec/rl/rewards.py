@@ -44,10 +44,10 @@ class Scored:
 
 
 def score(
-    scores: np.ndarray | None,
+    scores: np.ndarray,
     targets: np.ndarray,
     exclude: Sequence[np.ndarray] | None,
-    completions: Sequence[Completion] | None,
+    completions: Sequence[Completion],
     weights: RewardConfig,
     *,
     summaries: Sequence[str | None] | None = None,
@@ -57,30 +57,21 @@ def score(
 ) -> Scored:
     """Rewards of B completions, but for the entropy term.
 
-    scores: RecHead's, [B, N]; None only with `weights.ndcg = 0`. targets: item indices [B].
+    scores: RecHead's, [B, N]. targets: item indices [B].
     exclude: items that leave each ranking (None with `mask_history: false`).
-    completions: None ranks only, and the reward is the NDCG.
     summaries: of the CoTs, as `parse_summary` returns them; None in a row: it could not be made.
     candidates: [B, 1 + n] with the target first, from `sampled_candidates`; None: the catalogue.
     custom: own reward, see `load_custom`; added inside the format gate, what is not finite means that it failed.
 
-    A row is masked where its scores or its own reward are not finite (scores without completions: ValueError),
-    or its summary is missing. Raises ConfigError when a term with weight lacks what it needs.
+    A row is masked where its scores or its own reward are not finite, or its summary is missing.
+    Raises ConfigError when a term with weight lacks what it needs.
     """
     targets = np.asarray(targets, np.int64)
     size = len(targets)
-    masked = np.zeros(size, bool)
+    masked = ~np.isfinite(scores).all(axis=1)
     rank = np.full(size, np.nan)
-    if scores is not None:
-        if completions is not None:
-            masked |= ~np.isfinite(scores).all(axis=1)
-        rank[~masked] = _ranks(scores, targets, exclude, candidates, ~masked)
+    rank[~masked] = _ranks(scores, targets, exclude, candidates, ~masked)
     gain = np.nan_to_num(ndcg(rank))
-    if completions is None:
-        return Scored(rank, {"ndcg": gain.astype(np.float32)}, gain.astype(np.float32), masked)
-
-    if scores is None and weights.ndcg:
-        raise ConfigError("reward.ndcg needs a RecHead's scores; set it to 0 to train without a head")
     if weights.faithfulness and embed is None:
         raise ConfigError("reward.faithfulness needs reward.embedder, a frozen text encoder; or set it to 0")
     if summaries is None and (weights.conciseness or weights.faithfulness):

@@ -102,14 +102,6 @@ def test_history_leaves_the_ranking_only_where_it_is_given():
     assert score(scores, np.array([2]), [np.array([0, 1, 2])], [written()], PLAIN).rank.tolist() == [1.0]
 
 
-def test_without_completions_there_is_only_the_ranking():
-    result = score(np.array([[0.9, 0.5, 0.5]]), np.array([1]), None, None, RewardConfig())
-    assert result.rank.tolist() == [2.5]
-    assert result.reward_without_entropy.tolist() == pytest.approx([1 / math.log2(3.5)])
-    with pytest.raises(ValueError, match="not finite"):
-        score(np.array([[0.9, np.nan]]), np.array([1]), None, None, RewardConfig())
-
-
 def test_what_could_not_be_scored_is_masked_and_costs_its_neighbours_nothing():
     scores = np.array([[1.0, 0.0], [1.0, np.nan], [1.0, 0.0], [1.0, 0.0]])
     weights = RewardConfig(faithfulness=0.0)
@@ -133,11 +125,6 @@ def test_terms_with_weight_are_refused_without_what_they_need():
         score(scores, target, None, rows, RewardConfig(), summaries=["a"])
     with pytest.raises(ConfigError, match="summaries"):
         score(scores, target, None, rows, RewardConfig(faithfulness=0.0))
-    with pytest.raises(ConfigError, match=r"reward\.ndcg"):
-        score(None, target, None, rows, PLAIN)
-    no_head = score(None, target, None, rows, PLAIN.model_copy(update={"ndcg": 0.0}))
-    assert no_head.reward_without_entropy.tolist() == pytest.approx([0.2])
-    assert np.isnan(no_head.rank).all()
 
 
 def test_a_tiny_model_gets_nothing_for_summaries():
