@@ -225,20 +225,20 @@ def replay_loop(spec: dict[str, Any]) -> None:
     """One learner rank on saved groups: the steps of `actors.learner.rl_loop` without controller and publication."""
     import torch.distributed as dist
 
-    from rporec.rl.learner import Learner
+    from rporec.rl.learner import Clock, Learner
 
     config: Config = spec["config"]
     rank, world = dist.get_rank(), dist.get_world_size()
-    policy = Learner(spec["run"].warm_model, config, world=world)
+    learner = Learner(spec["run"].warm_model, config, world=world)
     groups, size = saved_groups(spec["replay"]), config.groups_per_step
     started_at = time.process_time()
     for step in range(spec["steps"]):
-        clock = policy.start_step()
+        clock = Clock()
         taken = groups[step * size : (step + 1) * size]
         # The attempt is the run's own at that step, so that its tokens of the current version count as such.
         attempt = max(version.attempt for group in taken for version in group_meta(group).versions)
         version = Version(attempt, step)
-        metrics = policy.step(taken[rank::world], version, clock)
+        metrics = learner.step(taken[rank::world], version, clock)
         if rank == 0:
             append_line(spec["log"], step_record(step, version, metrics, clock, started_at))
 

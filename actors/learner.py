@@ -63,7 +63,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     from rporec.engine.weights import flatten
     from rporec.models.trainable import from_rank_0
     from rporec.recipes import load_recipe
-    from rporec.rl.learner import Learner
+    from rporec.rl.learner import Clock, Learner
     from rporec.rl.rollout_schema import write_groups
 
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -73,7 +73,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     learner = Learner(run.warm_model, config, world=world)
     probes = load_recipe(run, config).probes
     ray.get(controller.start.remote())  # every rank waits for the workers here, none of them in a collective
-    step = checkpoints.resume(run.checkpoints, learner)
+    step = checkpoints.resume(run.checkpoints, learner.policy)
     me = rank, os.getpid(), ray.get_runtime_context().get_node_id()
     attempt = from_rank_0(ray.get(controller.attach.remote(*me, step)) if rank == 0 else None)
     if rank > 0:  # after rank 0 has rolled the ledger back
@@ -86,12 +86,14 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
     def checkpoint_at(number: int) -> None:
         """The controller adds its own part and commits."""
         ray.get(stored)  # a committed version is one that can be validated
-        checkpoints.save(run.checkpoints, number, learner, lambda: ray.get(controller.commit.remote(number, attempt)))
+        checkpoints.save(
+            run.checkpoints, number, learner.policy, lambda: ray.get(controller.commit.remote(number, attempt))
+        )
 
     def publish(number: int) -> Version:
         """Copy the weights out; the next step waits neither for the store nor for the workers."""
         version = Version(attempt, number)
-        weights = learner.named_weights()
+        weights = learner.policy.named_weights()
         if rank == 0:
             flat = flatten(weights if sender is None else sender.hold(version, weights))
             ray.get(stored)  # one version on its way at a time; raises what kept it
@@ -107,7 +109,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         ray.get(controller.attached.remote(Version(attempt, step), probed))
     started_at = time.process_time()
     committed = step
-    clock = learner.start_step()
+    clock = Clock()
     while True:
         batch = ray.get(controller.next_batch.remote(step, attempt))
         if batch is None:
@@ -122,7 +124,7 @@ def _rl_loop(run: Run, config: Config, controller: Any) -> None:
         version = publish(step + 1)
         clock.lap("publish")
         record = step_record(step, batch.version, metrics, clock, started_at)
-        clock = learner.start_step()  # what follows is the next step's time
+        clock = Clock()  # what follows is the next step's time
         if rank == 0:
             ray.get(controller.finished_step.remote(step, version, record, probed, stored))
         step += 1

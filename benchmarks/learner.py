@@ -39,7 +39,7 @@ def measure(shape: TinyConfig, count: int, folder: Path, rounds: int) -> dict[st
     os.environ.update(learner_environment(False, threads=1))  # before DeepSpeed is imported
     from rporec.models.backbone import load_model, make_tiny
     from rporec.models.policy import token_logprobs
-    from rporec.rl.learner import Learner
+    from rporec.rl.learner import Clock, Learner
 
     config = _config(count)
     model = make_tiny([" ".join(map(str, range(2000)))] * 2, shape, config.seed, folder)
@@ -63,7 +63,7 @@ def measure(shape: TinyConfig, count: int, folder: Path, rounds: int) -> dict[st
         optimiser.step()
         optimiser.zero_grad()
 
-    ways = {"learner": lambda _: learner.step(batch, Version(0, 0), learner.start_step()), "bare": bare}
+    ways = {"learner": lambda _: learner.step(batch, Version(0, 0), Clock()), "bare": bare}
     parameters = sum(parameter.numel() for parameter in alone.parameters())
     tokens = count * (PROMPT + SIZE * COMPLETION)
     return {

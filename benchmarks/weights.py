@@ -92,14 +92,14 @@ def measure(folder: Path, tiny: TinyConfig, config: Config, rounds: int) -> tupl
     logging.getLogger("rporec.models.backbone").setLevel(logging.ERROR)  # that 10 M are many for tiny
     model = make_tiny(["alpha beta gamma delta 1 2 3"] * 4, tiny, config.seed, folder / "model")
     from rporec.engine.weights import checksum, flatten
-    from rporec.rl.learner import Learner
+    from rporec.rl.learner import Clock, Learner
 
     learner, timings = Learner(model, config), Timings()
     batch = groups(config.groups_per_step, config.group_size, learner.policy.engine.module.config.vocab_size)
     for _ in range(min(rounds, STEPS) + 1):
-        timings.measure("step", lambda: learner.step(batch, Version(0, 0), learner.start_step()))
+        timings.measure("step", lambda: learner.step(batch, Version(0, 0), Clock()))
     for _ in range(rounds + 1):
-        flat = timings.measure("flatten", lambda: flatten(learner.named_weights()))
+        flat = timings.measure("flatten", lambda: flatten(learner.policy.named_weights()))
         timings.measure("checksum", lambda buffer=flat.buffer: checksum(buffer))
     _publish(model, config, flat, timings, rounds)
     for part in (timings.wall, timings.cpu):

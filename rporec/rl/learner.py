@@ -93,9 +93,6 @@ class Learner:
         self.lay_out = Layout(self.policy)
 
     # --- one step ----------------------------------------------------------------------------
-    def start_step(self) -> Clock:
-        return Clock()
-
     def step(self, groups: list[pa.RecordBatch], version: Version, clock: Clock) -> dict[str, Any]:
         """One optimiser step on this rank's scored groups; returns what steps.jsonl says of it.
 
@@ -267,16 +264,6 @@ class Learner:
             "grad_norm": self.policy.grad_norm,
             "lr": self.policy.lr,
         }
-
-    # --- weights and checkpoints -------------------------------------------------------------
-    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return self.policy.named_weights()
-
-    def save_checkpoint(self, folder: Path) -> None:
-        self.policy.save_checkpoint(folder)
-
-    def load_checkpoint(self, folder: Path) -> None:
-        self.policy.load_checkpoint(folder)
 
 
 def _group_tokens(group: pa.RecordBatch) -> GroupTokens:

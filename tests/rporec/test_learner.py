@@ -18,7 +18,7 @@ from benchmarks.weights import groups
 from rporec.config import TinyConfig, parse_config
 from rporec.engine.types import Version
 from rporec.models.backbone import make_tiny
-from rporec.rl.learner import Learner
+from rporec.rl.learner import Clock, Learner
 
 tiny = TinyConfig(hidden=64, heads=2, kv_heads=1, layers=1, intermediate=128, vocabulary=300)
 model = make_tiny(["alpha beta gamma"] * 4, tiny, 0, Path(sys.argv[1]) / "model")
@@ -28,7 +28,7 @@ for size in (5, 2, 1):
     learner = Learner(model, config)
     words = learner.policy.engine.module.config.vocab_size
     steps = [
-        learner.step(groups(5, 3, words, seed, prompt=9, completion=6), Version(0, 0), learner.start_step())
+        learner.step(groups(5, 3, words, seed, prompt=9, completion=6), Version(0, 0), Clock())
         for seed in range(2)
     ]
     found.append([{key: step[key] for key in ("loss", "kl", "entropy", "grad_norm", "tokens")} for step in steps])
