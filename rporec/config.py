@@ -22,6 +22,8 @@ BASELINES = (
     "gru4rec",
     "sasrec",
 )  # those with networks take by far the longest
+Convention = Literal["exclude_history", "all"]  # whether the user's earlier items leave a ranking, or nothing does
+CONVENTIONS: tuple[Convention, ...] = ("exclude_history", "all")
 VLLM_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # of its attention on CPU
 
 
@@ -49,7 +51,7 @@ class DataConfig(Section):
     split: str = "time:8:1:1"  # time[:a:b:c] | leave-one-out | column:NAME
     window: int = Field(20, ge=1)  # history items that the prompt may hold
     k_core: int = Field(0, ge=0)
-    headline: Literal["exclude_history", "all"] = "exclude_history"
+    headline: Convention = "exclude_history"
     synthetic: SyntheticConfig = SyntheticConfig()
 
     @field_validator("split")
@@ -401,9 +403,9 @@ class Config(Section):
         return self.recipe != "rporec"
 
     @property
-    def tested_conventions(self) -> tuple[Literal["exclude_history", "all"], ...]:
-        """Those that test is ranked in, see `rporec.evaluation.table`."""
-        return ("exclude_history", "all") if self.evaluate.conventions == "both" else (self.data.headline,)
+    def tested_conventions(self) -> tuple[Convention, ...]:
+        """Those that test is ranked in."""
+        return CONVENTIONS if self.evaluate.conventions == "both" else (self.data.headline,)
 
     @property
     def teacher_kind(self) -> str:

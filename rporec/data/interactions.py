@@ -12,13 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rporec.config import Convention
 from rporec.data.catalog import Catalog
 from rporec.data.columns import IdColumn, NumberColumn, TimeColumn
 from rporec.data.errors import DataError, Origin, at, locate
@@ -170,7 +171,7 @@ def build(
     split: str = "time",
     window: int = 20,
     k_core: int = 0,
-    headline: Literal["exclude_history", "all"] = "exclude_history",
+    headline: Convention = "exclude_history",
     progress: Progress | None = None,
 ) -> Dataset:
     """Check the sources and write a data set into the folder `out`, which must not exist or be empty.

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rporec.config import Convention
 from rporec.data.catalog import Catalog
 from rporec.data.errors import DataError
 
@@ -93,6 +94,10 @@ class Dataset:
     def seen_of(self, samples: Sequence[int] | np.ndarray) -> list[np.ndarray]:
         """`seen` of each of the samples."""
         return [self.seen(sample) for sample in samples]
+
+    def excluded_of(self, samples: Sequence[int] | np.ndarray, convention: Convention) -> list[np.ndarray] | None:
+        """What leaves the ranking of each of the samples, as `rporec.evaluation.ranking.ranks` takes it."""
+        return self.seen_of(samples) if convention == "exclude_history" else None
 
 
 def is_built(folder: Path | str) -> bool:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from rporec.config import CONVENTIONS, Convention
 from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean, per_user
 from rporec.evaluation.ranking import hit, ndcg, ranks
 from rporec.files import replacing, write_json
@@ -25,8 +26,6 @@ from rporec.files import replacing, write_json
 if TYPE_CHECKING:
     from rporec.data import Dataset
 
-Convention = Literal["exclude_history", "all"]
-CONVENTIONS: tuple[Convention, ...] = ("exclude_history", "all")
 CUTS = (1, 3, 5, 10, 20, 50)
 METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTS)
 SUMMED = ("ndcg@10", "hr@10")  # what is compared in pairs, and pooled over seeds
@@ -189,8 +188,8 @@ class RankTable:
         """Rank the targets of `samples` [B] by `scores` [B, N] in both conventions, or in one, and append the rows."""
         targets = dataset.targets(samples)
         for convention in conventions:
-            seen = dataset.seen_of(samples) if convention == "exclude_history" else None
-            self.add(dataset, method, convention, samples, ranks(scores, targets, seen))
+            places = ranks(scores, targets, dataset.excluded_of(samples, convention))
+            self.add(dataset, method, convention, samples, places)
 
     def write(self, path: Path | str) -> None:
         """Write Parquet, all or nothing."""

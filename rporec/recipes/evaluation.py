@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from rporec.baselines.store import BaselineStore
-from rporec.config import Config
+from rporec.config import CONVENTIONS, Config, Convention
 from rporec.data import Dataset
 from rporec.evaluation.cold import cold_items, popularity_strata
 from rporec.evaluation.lists import TopLists
-from rporec.evaluation.table import CONVENTIONS, DEFAULT_PAIRS, Convention, RankTable, metrics, write_metrics
+from rporec.evaluation.table import DEFAULT_PAIRS, RankTable, metrics, write_metrics
 from rporec.files import write_json
 from rporec.models.text_neighbours import TextVectors
 from rporec.recipes import load_recipe
@@ -68,8 +68,7 @@ def rank(
             found, asked = method.scores(chunk), method.samples[chunk]
             table.add_scores(dataset, method.name, asked, found, wanted)
             for convention in wanted:
-                seen = dataset.seen_of(asked) if convention == "exclude_history" else None
-                lists[convention].add(method.name, asked, found, seen)
+                lists[convention].add(method.name, asked, found, dataset.excluded_of(asked, convention))
     return Ranked(table, lists)
 
 

@@ -11,11 +11,10 @@ import numpy as np
 
 from rporec.baselines.family import Baseline
 from rporec.baselines.store import BaselineStore, families
-from rporec.config import Config
+from rporec.config import CONVENTIONS, Config, Convention
 from rporec.data import Dataset
 from rporec.data.world import World
 from rporec.evaluation.ranking import list_scores
-from rporec.evaluation.table import CONVENTIONS, Convention
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.recipes import StagedRecipe

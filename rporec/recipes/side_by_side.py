@@ -53,7 +53,7 @@ def _shown_texts(recipe: StagedRecipe, run: Run, folder: Path, chosen: np.ndarra
     text_of = dict(zip(samples.tolist(), texts, strict=True))
     written = [text_of[int(sample)] for sample in chosen]
     scores = head.scores(HeadInputs.of(dataset, chosen, written)).numpy()
-    exclude = dataset.seen_of(chosen) if recipe.config.data.headline == "exclude_history" else None
+    exclude = dataset.excluded_of(chosen, recipe.config.data.headline)
     places = ranks(scores, dataset.targets(chosen), exclude).tolist()
     parsed = [parse(text) for text in written]
     return [(one.cot, one.answer, place) for one, place in zip(parsed, places, strict=True)]

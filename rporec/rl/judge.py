@@ -101,7 +101,7 @@ class HeadJudge:
         """NDCG and hit rate at 10 of the first completion for each sample, in the headline's convention."""
         texts = [row[0]["text"] for row in written]
         scores = self.head.scores(HeadInputs.of(self.dataset, samples, texts)).numpy()
-        exclude = self.dataset.seen_of(samples) if self.config.data.headline == "exclude_history" else None
+        exclude = self.dataset.excluded_of(samples, self.config.data.headline)
         places = ranks(scores, self.dataset.targets(samples), exclude)
         habits = self._habits(samples, texts)
         return {"ndcg@10": float(ndcg(places, 10).mean()), "hr@10": float(hit(places, 10).mean()), **habits}
