@@ -61,9 +61,9 @@ class Validation:
     exclude_history: bool  # whether the user's earlier items leave the ranking
 
     @classmethod
-    def of(cls, dataset: Dataset, *, exclude_history: bool, rows: int = ROWS) -> Validation:
+    def of(cls, dataset: Dataset, *, exclude_history: bool) -> Validation:
         samples = dataset.split("valid")
-        chosen = np.unique(np.linspace(0, len(samples) - 1, min(rows, len(samples))).astype(np.int64))
+        chosen = np.unique(np.linspace(0, len(samples) - 1, min(ROWS, len(samples))).astype(np.int64))
         return cls(dataset, samples[chosen] if len(samples) else samples, exclude_history)
 
     def exclude(self, samples: np.ndarray) -> list[np.ndarray] | None:
@@ -92,12 +92,10 @@ def tune(
     dataset: Dataset,
     samples: np.ndarray,
     validation: Validation,
-    *,
-    seed: int = 0,
     progress: Callable[[Parameters, float], None] = lambda parameters, value: None,
 ) -> Tuned:
     """The candidate with the best NDCG@10 on validation when fitted on `samples`; the first of equals."""
-    return best_of(climb(path, validation, progress) for path in family.paths(dataset, samples, validation, seed))
+    return best_of(climb(path, validation, progress) for path in family.paths(dataset, samples, validation, 0))
 
 
 def climb(

@@ -74,14 +74,12 @@ class ReferenceEngine:
         context: int,
         seed: int,
         version: Version = FIRST_VERSION,
-        device: str = "auto",
         name: str = "engine",
     ) -> None:
         import torch
         from transformers import AutoModelForCausalLM
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = ("float32" if device == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
         self.version, self.name, self.context = version, name, context
         self.decoder = Decoder(model_dir)

@@ -61,7 +61,7 @@ class _Request:
 class VllmEngine:
     """An `Engine`. Construction blocks until the model is loaded; raises EngineError.
 
-    `device` auto takes CUDA where torch sees it. `args` of the config override what is set here.
+    It takes CUDA where torch sees it. `args` of the config override what is set here.
     """
 
     def __init__(
@@ -72,7 +72,6 @@ class VllmEngine:
         context: int,
         seed: int,
         version: Version = FIRST_VERSION,
-        device: str = "auto",
         name: str = "engine",
     ) -> None:
         self.version, self.name, self.context = version, name, context
@@ -80,7 +79,7 @@ class VllmEngine:
         self._spread = engine_ranks(config) > 1
         self._expected = expected_shapes(model_dir)
         with _STEPPING:
-            self._llm = start_llm(model_dir, config, context=context, seed=seed, device=device, name=name)
+            self._llm = start_llm(model_dir, config, context=context, seed=seed, name=name)
         self._core = self._llm.llm_engine
         self.decoder = Decoder(model_dir)
         self._llm.init_weight_transfer_engine({"init_info": {}})

@@ -32,7 +32,9 @@ def engine_environment(config: EngineConfig, device: str = "cpu") -> dict[str, s
     return environment
 
 
-def start_llm(model_dir: Path | str, config: EngineConfig, *, context: int, seed: int, device: str, name: str) -> Any:
+def start_llm(
+    model_dir: Path | str, config: EngineConfig, *, context: int, seed: int, name: str, device: str = "auto"
+) -> Any:
     """A `vllm.LLM` in this process that takes host weights; `device` is cpu, cuda or auto.
 
     Raises EngineError that names the knob when memory is short.

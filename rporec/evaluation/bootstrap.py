@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 2000
+LEVEL = 0.95  # of an interval
 CHUNK_WEIGHTS = 4_000_000  # user weights held at once, 8 bytes each
 
 
@@ -25,9 +26,7 @@ class Estimate:
     high: np.ndarray
 
 
-def bootstrap_mean(
-    values: np.ndarray, users: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
-) -> Estimate:
+def bootstrap_mean(values: np.ndarray, users: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
     """Mean of each column of `values` over samples, and its percentile interval over users.
 
     values: [n, M] or [n]; NaN marks a sample that a column lacks. users: [n], any labels.
@@ -42,12 +41,10 @@ def bootstrap_mean(
     sums = per_user(np.where(present, values, 0.0), owner, len(labels))
     counts = per_user((present[:, :1] if present.all() else present).astype(np.float64), owner, len(labels))
     value, draws = _means(sums, counts, resamples, seed)
-    return Estimate(value, *_percentiles(draws, level))
+    return Estimate(value, *_percentiles(draws))
 
 
-def pooled_mean(
-    sums: np.ndarray, counts: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
-) -> Estimate:
+def pooled_mean(sums: np.ndarray, counts: np.ndarray) -> Estimate:
     """The mean over S trainings of each one's mean over samples, and its percentile interval over users.
 
     sums: [users, S, M], of M values over a user's samples in each training; counts: [users, S], those samples. A user
@@ -55,9 +52,9 @@ def pooled_mean(
     seeds would give does not enter it. With one training the same as `bootstrap_mean`.
     """
     users, trainings, columns = sums.shape
-    value, draws = _means(sums.reshape(users, -1), np.repeat(counts, columns, axis=1), resamples, seed)
-    pooled = draws.reshape(resamples, trainings, columns).mean(axis=1)
-    return Estimate(value.reshape(trainings, columns).mean(axis=0), *_percentiles(pooled, level))
+    value, draws = _means(sums.reshape(users, -1), np.repeat(counts, columns, axis=1), RESAMPLES, 0)
+    pooled = draws.reshape(RESAMPLES, trainings, columns).mean(axis=1)
+    return Estimate(value.reshape(trainings, columns).mean(axis=0), *_percentiles(pooled))
 
 
 def _means(sums: np.ndarray, counts: np.ndarray, resamples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +83,11 @@ def _resample(rng: np.random.Generator, draws: int, users: int) -> np.ndarray:
     return np.bincount(chosen.ravel(), minlength=draws * users).reshape(draws, users).astype(np.float64)
 
 
-def _percentiles(draws: np.ndarray, level: float) -> tuple[np.ndarray, np.ndarray]:
+def _percentiles(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     low, high = np.full(draws.shape[1], np.nan), np.full(draws.shape[1], np.nan)
     known = ~np.isnan(draws).all(axis=0)
     if known.any():
-        tail = 100 * (1 - level) / 2
+        tail = 100 * (1 - LEVEL) / 2
         columns = draws[:, known]
         percentile = np.nanpercentile if np.isnan(columns).any() else np.percentile
         low[known], high[known] = percentile(columns, [tail, 100 - tail], axis=0)

@@ -212,7 +212,6 @@ def metrics(
     cold: Collection[str] | None = None,
     strata: Mapping[str, Collection[str]] | None = None,
     resamples: int = RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, Any]:
     """What `metrics.json` holds: each method's metrics with `_ci`, and paired differences, by convention.
 
@@ -224,11 +223,11 @@ def metrics(
     for convention in CONVENTIONS:
         rows = table.table.filter(pc.equal(table.table["convention"], convention))
         if len(rows):
-            conventions[convention] = _summary(rows, table.methods, pairs, resamples, seed)
+            conventions[convention] = _summary(rows, table.methods, pairs, resamples)
 
             def of(ids: Collection[str], rows: pa.Table = rows) -> dict[str, Any]:
                 chosen = rows.filter(pc.is_in(rows["target"], value_set=pa.array(sorted(ids), pa.string())))
-                return _summary(chosen, table.methods, pairs, resamples, seed)
+                return _summary(chosen, table.methods, pairs, resamples)
 
             if cold is not None:
                 conventions[convention]["cold"] = of(cold)
@@ -244,7 +243,7 @@ def metrics(
 
 
 def _summary(
-    rows: pa.Table, methods: Sequence[str], pairs: Sequence[tuple[str, str]], resamples: int, seed: int
+    rows: pa.Table, methods: Sequence[str], pairs: Sequence[tuple[str, str]], resamples: int
 ) -> dict[str, Any]:
     """Metrics and paired differences of one convention, from one set of resamples."""
     by_method, users = _sample_values(rows)
@@ -253,7 +252,7 @@ def _summary(
     compared = [(a, b) for a, b in compared if not np.isnan(by_method[a] - by_method[b]).all()]
     blocks = [by_method[m] for m in present] + [by_method[a] - by_method[b] for a, b in compared]
     columns = np.concatenate(blocks, axis=1) if blocks else np.zeros((0, 0))
-    estimate = bootstrap_mean(columns, users, resamples=resamples, seed=seed)
+    estimate = bootstrap_mean(columns, users, resamples=resamples)
     block = {key: i * len(METRICS) for i, key in enumerate([*present, *compared])}
     return {
         "samples": len(users),

@@ -90,14 +90,12 @@ def train_head(
     return HeadReport(best.epochs, best.ndcg, tuple(history))
 
 
-def fit_weights(
-    head: RecHead, valid: HeadInputs, targets: np.ndarray, *, exclude_history: bool = True, rows: int = SEARCH_ROWS
-) -> float:
+def fit_weights(head: RecHead, valid: HeadInputs, targets: np.ndarray, *, exclude_history: bool = True) -> float:
     """Search the scalars of the head's components on validation samples and store them in the head.
 
     Returns the NDCG@10 reached. A head without experts has nothing to weigh and keeps its scales at 1.
     """
-    chosen = _spread(len(valid), rows)
+    chosen = _spread(len(valid), SEARCH_ROWS)
     inputs, targets = valid.take(chosen), np.asarray(targets)[chosen]
     exclude = inputs.seen if exclude_history else None
     if head.experts is None:

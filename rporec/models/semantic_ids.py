@@ -18,16 +18,16 @@ DIMENSIONS = 64  # of item vectors
 ROUNDS = 30  # of k-means
 
 
-def item_vectors(texts: Sequence[str], seed: int, dimensions: int = DIMENSIONS) -> np.ndarray:
+def item_vectors(texts: Sequence[str], seed: int) -> np.ndarray:
     """float32 [N, D]: TF-IDF of the items' texts in their D main directions (latent semantic analysis).
 
-    D is `dimensions`, or one less than there are items or words where those are fewer; where that leaves none, the
+    D is `DIMENSIONS`, or one less than there are items or words where those are fewer; where that leaves none, the
     TF-IDF as it is.
     """
     from scipy.sparse.linalg import svds
 
     vectors = TextVectors.fit(texts).vectors
-    size = min(dimensions, min(vectors.shape) - 1)
+    size = min(DIMENSIONS, min(vectors.shape) - 1)
     if size < 1:
         return vectors.toarray().astype(np.float32)
     start = np.random.default_rng(seed).normal(size=min(vectors.shape))

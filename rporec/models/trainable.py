@@ -61,7 +61,6 @@ class Trainable:
         micro_batch: int,
         schedule: Callable[[int], float] | None = None,
         grad_clip: float = 1.0,
-        weight_decay: float = 0.0,
         dropout: bool = True,
     ) -> None:
         cuda = torch.cuda.is_available()
@@ -93,7 +92,7 @@ class Trainable:
             "optimizer": {
                 "type": "AdamW",
                 # torch's own AdamW: DeepSpeed's CPU and fused ones are compiled at start.
-                "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": weight_decay, "torch_adam": True},
+                "params": {"lr": lr, "betas": [0.9, 0.95], "weight_decay": 0.0, "torch_adam": True},
             },
             "steps_per_print": 10**9,
             **config.deepspeed.args,

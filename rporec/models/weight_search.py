@@ -13,6 +13,7 @@ from rporec.evaluation.ranking import ndcg, ranks
 
 GRID = (0.0, *(2.0**power for power in range(-5, 6)))
 REFINE = (0.5, 0.7, 0.85, 1.2, 1.4)  # of the present scalar, tried beside the grid
+SWEEPS = 5  # over all scalars at most
 CANDIDATES = 40  # best items of each component per sample that the search ranks
 ABSENT = -1e9  # score of a candidate slot that a row does not need
 
@@ -21,8 +22,6 @@ def search_weights(
     components: Mapping[str, np.ndarray],
     targets: np.ndarray,
     exclude: Sequence[np.ndarray] | None = None,
-    *,
-    sweeps: int = 5,
 ) -> tuple[dict[str, float], float]:
     """Scalars of the components that maximise NDCG@10 of their sum, and that NDCG.
 
@@ -45,7 +44,7 @@ def search_weights(
         return round(float(ndcg(ranks(scores, column), 10).mean()), 9)
 
     alone = np.eye(len(table))[int(np.argmax([value(part + absent) for part in table]))]
-    found = [_ascend(start, table, absent, value, sweeps) for start in (alone, np.ones(len(table)))]
+    found = [_ascend(start, table, absent, value) for start in (alone, np.ones(len(table)))]
     weights = max(found, key=lambda pair: pair[1])[0] / np.where(units > 0, units, np.inf)
     weights /= weights[weights > 0].max() if weights.any() else 1
     total = np.zeros(next(iter(components.values())).shape, dtype=np.float32)
@@ -56,11 +55,11 @@ def search_weights(
 
 
 def _ascend(
-    weights: np.ndarray, table: np.ndarray, absent: np.ndarray, value: Callable[[np.ndarray], float], sweeps: int
+    weights: np.ndarray, table: np.ndarray, absent: np.ndarray, value: Callable[[np.ndarray], float]
 ) -> tuple[np.ndarray, float]:
     weights = weights.copy()
     best = value(np.tensordot(weights.astype(np.float32), table, 1) + absent)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         before = best
         for number, part in enumerate(table):
             others = np.where(np.arange(len(table)) == number, 0, weights).astype(np.float32)

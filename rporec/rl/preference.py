@@ -101,14 +101,14 @@ def boundary(chosen: torch.Tensor, rejected: torch.Tensor, owner: torch.Tensor) 
     return near
 
 
-def likeliest_cluster(values: Sequence[float], clusters: int = CLUSTERS) -> float:
+def likeliest_cluster(values: Sequence[float]) -> float:
     """The smallest value of the highest cluster: k-means in one dimension, solved exactly.
 
     Of sorted values the best clusters are runs, so all ways to cut them are tried; there are few
     negatives. A single value is its own cluster.
     """
     ordered = sorted(values)
-    count = min(clusters, len(ordered))
+    count = min(CLUSTERS, len(ordered))
 
     def spread(cuts: tuple[int, ...]) -> float:
         ends = (0, *cuts, len(ordered))
