@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 
 from benchmarks.result import result
-from rporec.models.item_index import ApproximateIndex, ExactIndex, Found, ItemIndex
+from rporec.models.item_index import ApproximateIndex, ExactIndex, Found, ItemIndex, permitted
 
 K = 10
 EXCLUDED = 100
@@ -83,7 +83,7 @@ def _timed(index: ItemIndex, queries: np.ndarray, case: Callable[[int], Case]) -
     for row, query in enumerate(queries):
         allowed, excluded = case(row)
         start = time.perf_counter()
-        found.append(index.search(query, K, allowed, excluded))
+        found.append(index.search(query, K, permitted(len(index.vectors), allowed, excluded)))
         seconds.append(time.perf_counter() - start)
     return found, seconds
 

@@ -33,10 +33,8 @@ class ItemIndex(Protocol):
         """float32 [N, D]."""
         ...
 
-    def search(
-        self, query: np.ndarray, k: int, allowed: np.ndarray | None = None, excluded: np.ndarray | None = None
-    ) -> Found:
-        """The k best items for `query` [D]; fewer only where fewer are permitted (see `permitted`)."""
+    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None = None) -> Found:
+        """The k best items for `query` [D] of those in `mask`, see `permitted`; fewer only where it has fewer."""
         ...
 
     def grown(self, vectors: np.ndarray) -> ItemIndex:
@@ -99,10 +97,8 @@ def _padded(vectors: np.ndarray) -> np.ndarray:
 class ExactIndex:
     vectors: np.ndarray
 
-    def search(
-        self, query: np.ndarray, k: int, allowed: np.ndarray | None = None, excluded: np.ndarray | None = None
-    ) -> Found:
-        return exact(self.vectors, query, k, permitted(len(self.vectors), allowed, excluded))
+    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None = None) -> Found:
+        return exact(self.vectors, query, k, mask)
 
     def grown(self, vectors: np.ndarray) -> ExactIndex:
         return ExactIndex(vectors)
@@ -131,11 +127,8 @@ class ApproximateIndex:
             cells.add(_padded(vectors[start : start + ADDED]))
         return cls(vectors, cells)
 
-    def search(
-        self, query: np.ndarray, k: int, allowed: np.ndarray | None = None, excluded: np.ndarray | None = None
-    ) -> Found:
+    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None = None) -> Found:
         size = len(self.vectors)
-        mask = permitted(size, allowed, excluded)
         share = 1.0 if mask is None else np.count_nonzero(mask) / size
         wanted = 2 * k + 100
         if share * size <= max(wanted, SELECTIVE * size):
