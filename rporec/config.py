@@ -31,6 +31,11 @@ class ConfigError(ValueError):
     """A config that cannot run; the message is one line that names the key and the way out."""
 
 
+def first_line(error: Exception) -> str:
+    """What another exception says, short enough to stand in such a line."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rporec.config import first_line
 from rporec.data.errors import DataError, at
 
 BLANK = ("", "None")  # texts that say nothing; exports write a missing value as the word None
@@ -74,7 +75,7 @@ class Catalog:
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; build the data set again") from None
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: no readable Parquet file ({_first_line(error)}); build it again") from None
+            raise DataError(f"{path}: no readable Parquet file ({first_line(error)}); build it again") from None
         if "item_id" not in table.column_names:
             raise DataError(f"{at(path, 'item_id')}: missing; this is no catalogue")
         return cls(table)
@@ -98,7 +99,3 @@ class Catalog:
 
 def _is_text(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
+from rporec.config import first_line
 from rporec.data.errors import DataError
 from rporec.data.folder import Progress, check_free, new_folder, silent
 
@@ -60,7 +61,7 @@ def download(name: str, out: Path | str, progress: Progress | None = None, *, ba
         with new_folder(out) as partial:
             write(partial)
     except (zipfile.BadZipFile, gzip.BadGzipFile, EOFError, KeyError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = first_line(error)
         raise DataError(f"{store}: not what the source describes ({reason}); delete the folder and retry") from None
     shutil.rmtree(store)
 

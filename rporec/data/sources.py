@@ -19,6 +19,7 @@ import pyarrow.csv as pacsv
 import pyarrow.json as pajson
 import pyarrow.parquet as pq
 
+from rporec.config import first_line
 from rporec.data.errors import DataError, at
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -128,7 +129,7 @@ def read_items(path: Path) -> pa.Table:
         try:
             table = _open_parquet(path).read()
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path}: no readable Parquet file ({_first_line(error)}); write it again") from None
+            raise DataError(f"{path}: no readable Parquet file ({first_line(error)}); write it again") from None
         _choose(path, table.column_names, ("item_id",), tuple(table.column_names))
     elif suffix in JSON:
         table = pa.Table.from_batches([_columns(list(_json_rows(path)))])
@@ -161,10 +162,6 @@ def _choose(path: Path, names: list[str], required: tuple[str, ...], optional: t
     return chosen
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
 # Parquet
 
 
@@ -172,7 +169,7 @@ def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: no readable Parquet file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{path}: no readable Parquet file ({first_line(error)}); write it again") from None
 
 
 def _stream_parquet(path: Path, required: tuple[str, ...], optional: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
@@ -181,7 +178,7 @@ def _stream_parquet(path: Path, required: tuple[str, ...], optional: tuple[str, 
     try:
         yield from file.iter_batches(batch_size=ROWS, columns=columns)
     except (pa.ArrowInvalid, OSError) as error:
-        raise DataError(f"{path}: no readable Parquet file ({_first_line(error)}); write it again") from None
+        raise DataError(f"{path}: no readable Parquet file ({first_line(error)}); write it again") from None
 
 
 # CSV
@@ -226,7 +223,7 @@ def _csv_fault(path: Path, delimiter: str, error: Exception) -> DataError:
                         return DataError(f"{at(path, name, number)}: not UTF-8; convert the file to UTF-8")
         except csv.Error as fault:
             return DataError(f"{at(path, row=number)}: not valid CSV ({fault}); correct the row")
-    return DataError(f"{path}: not valid CSV ({_first_line(error)}); correct the file")
+    return DataError(f"{path}: not valid CSV ({first_line(error)}); correct the file")
 
 
 def _is_utf8(raw: bytes) -> bool:

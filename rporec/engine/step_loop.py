@@ -77,7 +77,7 @@ class StepLoop:
                 self._step()
                 self.busy_seconds += time.perf_counter() - began
         except Exception as error:
-            end = EngineError(f"{self.name} died: {last_words(error)}; probable cause: {probable_cause(error)}")
+            end = EngineError(f"{self.name} died: {one_line(error)}; probable cause: {engine_cause(error)}")
             end.__cause__ = error
         with self._gate:
             self._end = end
@@ -114,7 +114,7 @@ def open_future() -> Future:
     return future
 
 
-def last_words(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """An exception as one line."""
     first = str(error).strip().partition("\n")[0]
     return first if isinstance(error, EngineError) else f"{type(error).__name__}: {first}".rstrip(": ")
@@ -126,7 +126,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
-def probable_cause(error: BaseException) -> str:
+def engine_cause(error: BaseException) -> str:
     if out_of_memory(error):
         return "no memory left; lower engine.max_num_seqs or engine.kv_cache_mb"
     if "cuda" in str(error).lower():

@@ -21,7 +21,7 @@ import numpy as np
 
 from rporec.config import EngineConfig
 from rporec.engine.decoder import Decoder
-from rporec.engine.step_loop import StepLoop, last_words
+from rporec.engine.step_loop import StepLoop, one_line
 from rporec.engine.transfer import engine_ranks
 from rporec.engine.trie import check_room, load_trie, search
 from rporec.engine.types import (
@@ -277,7 +277,7 @@ class VllmEngine:
                 # token is drawn from a distribution that neither weights define alone.
                 self._core.reset_prefix_cache(reset_running_requests=True)
         except Exception as error:
-            raise EngineError(f"{self.name}: weights {version} were taken in half: {last_words(error)}") from error
+            raise EngineError(f"{self.name}: weights {version} were taken in half: {one_line(error)}") from error
         self.version = version
         if self._labelled:
             self._core.set_weight_version(str(version))

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rporec.config import ConfigError, LoraConfig, TinyConfig
+from rporec.config import ConfigError, LoraConfig, TinyConfig, first_line
 from rporec.files import replacing
 from rporec.text.completion import TAGS
 from rporec.text.tokenizer import fit_tokenizer
@@ -116,7 +116,7 @@ def load_model(
         try:
             model = peft.get_peft_model(model, adapters)
         except ValueError as error:
-            raise ConfigError(f"lora.target_modules: {_first_line(error)}") from None
+            raise ConfigError(f"lora.target_modules: {first_line(error)}") from None
     return model.eval()
 
 
@@ -195,13 +195,9 @@ def _readable(name: Path | str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"backbone: cannot load {text!r}: {_first_line(error)} "
+            f"backbone: cannot load {text!r}: {first_line(error)} "
             "(give a Hugging Face model folder, a hub id while the hub can be reached, or tiny)"
         ) from None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def switch_off_dropout(module: torch.nn.Module) -> None:
