@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from rporec.data import Dataset
+from rporec.data.slices import evenly_spread
 from rporec.evaluation.ranking import ndcg, ranks
 
 CHUNK = 512  # samples scored at once
@@ -63,8 +64,7 @@ class Validation:
     @classmethod
     def of(cls, dataset: Dataset, *, exclude_history: bool) -> Validation:
         samples = dataset.split("valid")
-        chosen = np.unique(np.linspace(0, len(samples) - 1, min(ROWS, len(samples))).astype(np.int64))
-        return cls(dataset, samples[chosen] if len(samples) else samples, exclude_history)
+        return cls(dataset, samples[evenly_spread(len(samples), ROWS)], exclude_history)
 
     def exclude(self, samples: np.ndarray) -> list[np.ndarray] | None:
         """Items that leave each sample's ranking."""

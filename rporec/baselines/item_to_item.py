@@ -162,7 +162,7 @@ class TextKNN(LinearFamily):
         self, dataset: Dataset, samples: np.ndarray, choices: Parameters | None
     ) -> Iterator[tuple[Parameters, Any]]:
         size = len(dataset.catalog)
-        near = TextVectors.fit([dataset.catalog.text(item) for item in range(size)]).neighbours()
+        near = TextVectors.fit(dataset.catalog.texts()).neighbours()
         for itself in (False, True) if choices is None else [choices["itself"]]:
             yield {"itself": itself}, near + sp.eye(size, format="csr", dtype=np.float32) if itself else near
 

@@ -61,6 +61,10 @@ class Catalog:
         texts = [self._texts(column)[item] for column in self.text_columns]
         return " | ".join(text for text in texts if text) or self.ids[item]
 
+    def texts(self) -> list[str]:
+        """`text` of every item."""
+        return [self.text(item) for item in range(len(self))]
+
     def begins_with(self, other: Catalog) -> bool:
         """Whether the first items are those of `other`, in its order."""
         ids = other.table.column("item_id")

@@ -83,5 +83,10 @@ def held_rows(dataset: Dataset, splits: Sequence[Split] = ("train",)) -> np.ndar
     return rows_of(dataset, np.concatenate([dataset.split(split) for split in splits]))
 
 
+def evenly_spread(size: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 … size - 1, evenly spread over them; int64, ascending."""
+    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)) if size else np.zeros(0, np.int64)
+
+
 def _newest(samples: np.ndarray, limit: int | None) -> np.ndarray:
     return samples if limit is None else samples[max(0, len(samples) - limit) :]

@@ -62,8 +62,7 @@ class Experts:
     @classmethod
     def fit(cls, dataset: Dataset, rows: np.ndarray) -> Experts:
         """rows: positions in `dataset.items` that may be used, ascending (see `rows_of`)."""
-        texts = [dataset.catalog.text(item) for item in range(len(dataset.catalog))]
-        return cls._counted(dataset, rows, TextVectors.fit(texts).neighbours())
+        return cls._counted(dataset, rows, TextVectors.fit(dataset.catalog.texts()).neighbours())
 
     def refitted(self, dataset: Dataset, rows: np.ndarray) -> Experts:
         """`fit` on other rows of the same data set; the reranker stays as it is."""

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from rporec.config import HeadConfig
+from rporec.data.slices import evenly_spread
 from rporec.evaluation.ranking import ndcg, ranks
 from rporec.models.weight_search import search_weights
 
@@ -95,7 +96,7 @@ def fit_weights(head: RecHead, valid: HeadInputs, targets: np.ndarray, *, exclud
 
     Returns the NDCG@10 reached. A head without experts has nothing to weigh and keeps its scales at 1.
     """
-    chosen = _spread(len(valid), SEARCH_ROWS)
+    chosen = evenly_spread(len(valid), SEARCH_ROWS)
     inputs, targets = valid.take(chosen), np.asarray(targets)[chosen]
     exclude = inputs.seen if exclude_history else None
     if head.experts is None:
@@ -107,7 +108,7 @@ def fit_weights(head: RecHead, valid: HeadInputs, targets: np.ndarray, *, exclud
 
 class _Validation:
     def __init__(self, head: RecHead, inputs: HeadInputs, targets: np.ndarray | None, exclude_history: bool) -> None:
-        rows = _spread(len(inputs), VALIDATION_ROWS)
+        rows = evenly_spread(len(inputs), VALIDATION_ROWS)
         inputs = inputs.take(rows)
         self.head, self.encoded, self.targets = head, head.encode(inputs), np.asarray(targets)[rows]
         self.exclude = inputs.seen if exclude_history else None
@@ -120,10 +121,6 @@ class _Validation:
             dist.broadcast(shared, 0)
             value = float(shared)
         return value
-
-
-def _spread(size: int, most: int) -> np.ndarray:
-    return np.unique(np.linspace(0, size - 1, min(size, most)).astype(np.int64)) if size else np.zeros(0, np.int64)
 
 
 def _shown(train: HeadInputs, targets: np.ndarray) -> torch.Tensor:

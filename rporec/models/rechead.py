@@ -90,7 +90,7 @@ class RecHead(nn.Module):
     ) -> None:
         """window: newest history items that are read. extra_texts: whose words get vectors of their own."""
         super().__init__()
-        texts = [catalog.text(item) for item in range(len(catalog))]
+        texts = catalog.texts()
         self.catalog, self.config, self.window = catalog, config, window
         self.vocabulary = vocabulary or Vocabulary.fit(texts, extra_texts)
         self.experts = experts
@@ -350,8 +350,7 @@ class RecHead(nn.Module):
         rows = self._rows_in(catalog)
         new = np.setdiff1d(np.arange(len(catalog)), rows, assume_unique=True)
         source = np.argsort(np.concatenate([rows, new]))  # of each item among the old and then the new
-        texts = Catalog(catalog.table.take(new))
-        added = self.vocabulary.encode([texts.text(item) for item in range(len(new))])
+        added = self.vocabulary.encode(Catalog(catalog.table.take(new)).texts())
         words = Ragged(self.item_words.cpu().numpy(), self.item_offsets.cpu().numpy()).joined(added)
         if not in_order(source):
             words = words.take(source)

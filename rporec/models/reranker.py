@@ -16,7 +16,7 @@ import numpy as np
 import scipy.sparse as sp
 
 from rporec.config import ConfigError
-from rporec.data.slices import rows_of
+from rporec.data.slices import evenly_spread, rows_of
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.transitions import newest, ones
 
@@ -93,8 +93,7 @@ class Reranker:
         pieces, targets, counts = [], [], []
         for number in range(FIRST, PARTS):
             before = experts.refitted(dataset, rows_of(dataset, np.concatenate(parts[:number])))
-            spread = np.unique(np.linspace(0, len(parts[number]) - 1, min(ROWS, len(parts[number]))).astype(np.int64))
-            asked = parts[number][spread] if len(parts[number]) else parts[number]
+            asked = parts[number][evenly_spread(len(parts[number]), ROWS)]
             for start in range(0, len(asked), CHUNK):
                 chunk = asked[start : start + CHUNK]
                 inputs = HeadInputs.of(dataset, chunk)

@@ -108,7 +108,4 @@ def baseline_store(run: Run, config: Config, progress: Callable[[str], None]) ->
 
 def _text_vectors(dataset: Dataset) -> Any:
     """TF-IDF of the items, or None where they have no text."""
-    catalog = dataset.catalog
-    return (
-        TextVectors.fit([catalog.text(item) for item in range(len(catalog))]).vectors if catalog.text_columns else None
-    )
+    return TextVectors.fit(dataset.catalog.texts()).vectors if dataset.catalog.text_columns else None

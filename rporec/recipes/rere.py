@@ -70,8 +70,8 @@ class ReRe(BaseRecipe):
             return distinct_titles(ItemWriter(self.dataset, self.config.text))
         from rporec.models.semantic_ids import item_vectors, residual_codes, semantic_ids
 
-        rere, seed, catalog = self.config.rere, self.config.seed, self.dataset.catalog
-        vectors = item_vectors([catalog.text(item) for item in range(len(catalog))], seed)
+        rere, seed = self.config.rere, self.config.seed
+        vectors = item_vectors(self.dataset.catalog.texts(), seed)
         return semantic_ids(residual_codes(vectors, rere.levels, rere.codes, seed))
 
     @cached_property

@@ -65,8 +65,7 @@ class ItemJudge:
         """Of all items' texts, for the semantic term: by `reward.embedder`, or by their words."""
         if not self.config.rere.semantic:
             return None
-        catalog, embedder = self.dataset.catalog, self.config.reward.embedder
-        texts = [catalog.text(item) for item in range(len(catalog))]
+        texts, embedder = self.dataset.catalog.texts(), self.config.reward.embedder
         if embedder is not None:
             from rporec.rl.frozen import TextEmbedder
 

@@ -38,7 +38,7 @@ def made(tmp_path_factory):
     run = Run.create(tmp_path_factory.mktemp("runs") / "small", CONFIG, resume=False)
     write_synthetic(run.folder / "source", CONFIG.data.synthetic, 0)
     dataset = build(*(run.folder / "source" / f"{name}.parquet" for name in ("interactions", "items")), run.data)
-    make_tiny([dataset.catalog.text(i) for i in range(len(dataset.catalog))], CONFIG.tiny, 0, run.backbone)
+    make_tiny(dataset.catalog.texts(), CONFIG.tiny, 0, run.backbone)
     shutil.copytree(run.backbone, run.folder / "warmup" / "model")
     (run.warm_model / "pytorch_model.bin").write_bytes(b"the same in another format")
     head = trained(RecHead(dataset.catalog, CONFIG.head, window=dataset.window))

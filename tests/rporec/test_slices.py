@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rporec.config import ConfigError, parse_config
-from rporec.data.slices import train_slices
+from rporec.data.slices import evenly_spread, train_slices
 
 TRAIN = np.arange(100)
 
@@ -43,3 +43,8 @@ def test_items_are_learned_from_all_before_the_rl_slice():
 def test_a_stage_without_samples_is_refused_before_anything_is_trained(samples, changes):
     with pytest.raises(ConfigError, match="each needs some"):
         train_slices(TRAIN[:samples], parse_config(changes))
+
+
+@pytest.mark.parametrize(("size", "most", "expected"), [(0, 3, []), (1, 3, [0]), (3, 9, [0, 1, 2]), (9, 3, [0, 4, 8])])
+def test_positions_are_spread_from_the_first_to_the_last(size, most, expected):
+    assert evenly_spread(size, most).tolist() == expected
