@@ -8,7 +8,7 @@ import pytest
 from served_run import served  # noqa: F401 - fixtures
 from trained_run import trained  # noqa: F401
 
-# Before anything imports torch: see `rporec.engine.vllm.engine_environment`.
+# Before anything imports torch: see `rporec.engine.vllm_start.engine_environment`.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 

@@ -125,7 +125,7 @@ def beam_search(trie: Trie, beams: int, exclude: Iterable[int] = ()) -> Search:
     """The `beams` best items that beam search finds, best first; fewer when there are no more.
 
     `beams` unfinished sequences are kept at every level, beside the best finished ones. With as many
-    beams as the widest level has nodes this is exact. Of equal scores the earlier row is first.
+    beams as the widest level has nodes this is exact.
     """
     without = trie.rows(exclude)
     live = _Paths.root(trie, without)
