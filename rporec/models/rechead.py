@@ -49,14 +49,15 @@ class Encoded:
 
     history: torch.Tensor  # int64 [B, W], oldest first, padded on the right with 0
     length: torch.Tensor  # int64 [B], history items that are there
-    cot: Ragged
-    answer: Ragged
+    cot: Ragged  # words of B thoughts
+    answer: Ragged  # of B answers
     format: torch.Tensor  # float32 [B]
 
     def __len__(self) -> int:
         return len(self.length)
 
     def take(self, rows: np.ndarray, device: str | torch.device = "cpu") -> Encoded:
+        """The samples `rows`, int [R]: tensors on the device, histories [R, W'] as wide as their longest; words stay."""
         length = self.length[rows]
         width = int(length.max()) if len(rows) else 0
         return Encoded(
@@ -253,6 +254,7 @@ class RecHead(nn.Module):
     # -- scoring ---------------------------------------------------------------------------------
 
     def encode(self, inputs: HeadInputs) -> Encoded:
+        """B samples as numbers, on the CPU: the newest `window` items of each, and the words of its texts."""
         recent = [items[-self.window :] for items in inputs.seen]
         length = np.array([len(items) for items in recent], dtype=np.int64)
         history = np.zeros((len(recent), self.window), dtype=np.int64)

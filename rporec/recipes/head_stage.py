@@ -26,13 +26,16 @@ RECOMMENDER = "recommender"  # one that rewards or judges, and ranks nothing; al
 
 @dataclass(frozen=True)
 class HeadData:
-    samples: np.ndarray  # those of `train`
-    train: HeadInputs
-    targets: np.ndarray
-    valid: HeadInputs
-    valid_targets: np.ndarray
+    """What a head is trained on, B samples, and V that validate it."""
+
+    samples: np.ndarray  # int64 [B], numbers of those in `train`
+    train: HeadInputs  # of B
+    targets: np.ndarray  # int [B], items
+    valid: HeadInputs  # of V
+    valid_targets: np.ndarray  # int [V]
 
     def blank(self) -> HeadData:
+        """The same without text."""
         return HeadData(self.samples, self.train.blank(), self.targets, self.valid.blank(), self.valid_targets)
 
 
