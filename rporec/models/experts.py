@@ -240,17 +240,15 @@ class Experts:
             data, indices, indptr = (arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr"))
             return sp.csr_matrix((data, indices, indptr), shape=(len(indptr) - 1, len(indptr) - 1))
 
-        rules = matrix("rules")
-        fitted = int(arrays.get("fitted", rules.shape[0]))  # heads of before say nothing: theirs never grew
         learned = {name.removeprefix(RERANKER): value for name, value in arrays.items() if name.startswith(RERANKER)}
         return cls(
-            rules,
-            matrix("pairs") if "pairs.data" in arrays else sp.csr_matrix(rules.shape, dtype=np.float32),
+            matrix("rules"),
+            matrix("pairs"),
             matrix("neighbours"),
             arrays["items"],
             arrays["times"],
             dict(half_lives),
-            fitted,
+            int(arrays["fitted"]),
             reranker=Reranker(learned) if learned else None,
         )
 
