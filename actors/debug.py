@@ -154,7 +154,7 @@ def _save(out: Path, groups: list[pa.RecordBatch], config: Config) -> None:
 # --- what the workers do ---------------------------------------------------------------------
 def _write(job: Job, count: int) -> tuple[list[pa.RecordBatch], float]:
     """The first `count` groups of stage 2 by their number, and the seconds that they took once the engines stood."""
-    config, recipe, placement = job.config, job.recipe, RayPlacement(job.cluster)
+    config, recipe, placement = job.config, job.load_recipe(), RayPlacement(job.cluster)
     drawn = [recipe.draw(number) for number in range(count)]
     prompts = recipe.prompts([sample for sample, _ in drawn])
     leases = [

@@ -26,8 +26,8 @@ class Job:
     cluster: Cluster
     console: Console
 
-    @property
-    def recipe(self) -> StagedRecipe:
+    def load_recipe(self) -> StagedRecipe:
+        """Its data set, and its tokenizer once the backbone is made, are read anew."""
         return load_recipe(self.run, self.config)
 
     def placements(self) -> dict[str, int]:

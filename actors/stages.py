@@ -84,8 +84,8 @@ def warm_up(job: Job) -> None:
     """Backbone, rationales where a teacher writes them, supervised warm-up."""
     run, config = job.run, job.config
     with run.stage("warmup") as notes:
-        job.recipe.make_backbone()
-        recipe = job.recipe  # which now finds its tokenizer
+        job.load_recipe().make_backbone()
+        recipe = job.load_recipe()  # which now finds its tokenizer
         notes["samples"] = {name: len(getattr(recipe.slices, name)) for name in ("warmup", "head", "rl")}
         counts = ", ".join(f"{count:,} for {name}" for name, count in notes["samples"].items() if count)
         job.console.print(f"samples: {counts}")
@@ -141,7 +141,7 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
 # --- stage 1 ---------------------------------------------------------------------------------
 def train_head_stage(job: Job) -> None:
     """Completions of the LLM before RL, then the recipe's heads."""
-    run, recipe = job.run, job.recipe
+    run, recipe = job.run, job.load_recipe()
     with run.stage("stage1") as notes:
         _write_completions(job, recipe, run.warm_model, recipe.parts("stage1"))
         if recipe.heads:
@@ -192,7 +192,7 @@ def _write_completions(job: Job, recipe: StagedRecipe, model: Path, parts: list[
 # --- evaluate --------------------------------------------------------------------------------
 def evaluate_run(job: Job, *, ablations: bool = True) -> dict[str, Any]:
     """Completions of the best checkpoint for test, then the table of all methods and the report."""
-    run, config, recipe = job.run, job.config, job.recipe
+    run, config, recipe = job.run, job.config, job.load_recipe()
     over = run.finished("stage2")
     # Of a training under way this is a look, not the stage.
     with run.stage("evaluate") if over else contextlib.nullcontext():
