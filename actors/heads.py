@@ -13,7 +13,7 @@ def head_loop(spec: dict[str, Any]) -> None:
     import torch.distributed as dist
 
     from rporec.recipes import load_recipe
-    from rporec.recipes.head_stage import CountedExperts, head_data, history_data, train_stage_head
+    from rporec.recipes.head_stage import CountedExperts, head_data, history_data, train_and_save_head
 
     run: Run = spec["run"]
     run.require_here()
@@ -29,4 +29,4 @@ def head_loop(spec: dict[str, Any]) -> None:
     experts = CountedExperts(recipe)
     for name, reads in spec["heads"].items():
         inputs = data if reads == "text" else data.blank()
-        train_stage_head(name, recipe, inputs, run, experts, rank=rank, world=world, progress=progress)
+        train_and_save_head(name, recipe, inputs, run, experts, rank=rank, world=world, progress=progress)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from actors.cluster import awaited, connected
 from actors.job import Job
-from actors.stages import STAGES, evaluate_run, prepare_data, rank_methods
+from actors.stages import CLUSTER_STAGES, evaluate_run, prepare_data, rank_methods
 from rporec.config import Config, ConfigError
 from rporec.run import Run
 
@@ -20,7 +20,7 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
     """Run the stages that are asked for and not finished, in their order."""
     if "data" in stages and not run.finished("data"):
         prepare_data(run, config, console)
-    missing = [name for name in STAGES if name in stages and not run.finished(name)]
+    missing = [name for name in CLUSTER_STAGES if name in stages and not run.finished(name)]
     if not missing:
         console.print("nothing left to do; every stage that was asked for has finished")
         return
@@ -29,7 +29,7 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
             _check_gpus(job)
         for name in missing:
             console.rule(name)
-            STAGES[name](job)
+            CLUSTER_STAGES[name](job)
 
 
 def _check_gpus(job: Job) -> None:

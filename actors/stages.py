@@ -139,7 +139,7 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
 
 
 # --- stage 1 ---------------------------------------------------------------------------------
-def train_head_stage(job: Job) -> None:
+def write_and_train_heads(job: Job) -> None:
     """Completions of the LLM before RL, then the recipe's heads."""
     run, recipe = job.run, job.load_recipe()
     with run.stage("stage1") as notes:
@@ -261,9 +261,9 @@ def _forget_earlier_best(run: Run) -> None:
         write_json(folder / "model.json", model)
 
 
-STAGES: dict[str, Callable[[Job], Any]] = {
+CLUSTER_STAGES: dict[str, Callable[[Job], Any]] = {
     "warmup": warm_up,
-    "stage1": train_head_stage,
+    "stage1": write_and_train_heads,
     "stage2": lambda job: (prefer if job.config.recipe == "preference" else reinforce)(job),
     "evaluate": evaluate_run,
 }

@@ -158,7 +158,7 @@ class HeadTraining:
         }
 
 
-def train_stage_head(
+def train_and_save_head(
     name: str,
     recipe: StagedRecipe,
     data: HeadData,

@@ -42,7 +42,7 @@ def run(tmp_path: Path) -> Run:
 def trained(run: Run, *changes: str, name: str = "head") -> StagedRecipe:
     recipe = load_recipe(run, override(run.config(), list(changes)))
     data = head_stage.history_data(recipe)
-    head_stage.train_stage_head(
+    head_stage.train_and_save_head(
         name, recipe, data, run, head_stage.CountedExperts(recipe), progress=lambda record: None
     )
     return recipe

@@ -21,7 +21,7 @@ from rporec.files import write_json
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.models.trainable import learner_environment
-from rporec.recipes.head_stage import CountedExperts, history_data, train_stage_head
+from rporec.recipes.head_stage import CountedExperts, history_data, train_and_save_head
 from rporec.recipes.preference import Preference
 from rporec.rl.packing import by_length
 from rporec.rl.preference import boundary, dual_margin_beta
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     build(folder / "raw/interactions.parquet", folder / "raw/items.parquet", run.data, split="time", window=6)
     recipe = Preference(run, override(run.config(), ["preference.loss=napo"]))
     recipe.make_backbone()
-    train_stage_head(
+    train_and_save_head(
         "recommender", recipe, history_data(recipe), run, CountedExperts(recipe), progress=lambda record: None
     )
     return run
