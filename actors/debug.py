@@ -33,8 +33,8 @@ from actors.scoring import REWARD_BATCH
 from rporec.config import Config, ConfigError
 from rporec.data.folder import check_free, new_folder
 from rporec.engine.types import EngineError, Version
-from rporec.files import append_line, read_lines
-from rporec.report.live import progress
+from rporec.files import append_line
+from rporec.report.live import Progress, following, progress
 from rporec.rl.rollout_schema import ROLLOUT_SCHEMA, GroupMeta, Lease, group_meta, read_groups, write_groups
 from rporec.run import Run
 
@@ -95,19 +95,17 @@ def learner(run: Run, replay: Path, steps: int | None, out: Path, address: str |
     check_free(out)
     out.mkdir(parents=True, exist_ok=True)
     log = out.absolute() / "steps.jsonl"
+
+    def show(bar: Progress, last: dict[str, Any]) -> None:
+        bar.update(last["step"] + 1, note=f"loss {last['loss']:.5f}")
+
+    spec = {"run": run, "config": config, "replay": replay.absolute(), "steps": wanted, "log": log}
     with (
         on_cluster(run, config, address, console, "learner") as job,
-        progress("learner", total=wanted, console=console) as bar,
+        following(log, show, "learner", wanted, console) as watch,
     ):
-
-        def watch() -> None:
-            if records := read_lines(log):
-                bar.update(len(records), note=f"loss {records[-1]['loss']:.5f}")
-
-        spec = {"run": run, "config": config, "replay": replay.absolute(), "steps": wanted, "log": log}
         # Ray Train's own files go into `out` too. As many threads as beside rollout workers: sums keep their order.
         replace(job, run=Run(log.parent)).fit(replay_loop, spec, "replay", config.learners, watch, alone=False)
-        watch()
     console.print(str(out / "steps.jsonl"), **_PLAIN)
 
 

@@ -12,7 +12,7 @@ from actors.learner import step_record
 from rporec.config import ConfigError
 from rporec.engine.types import Version
 from rporec.files import append_line, cut_lines, read_lines, write_json
-from rporec.report.live import progress
+from rporec.report.live import Progress, following
 
 
 def prefer(job: Job) -> None:
@@ -27,17 +27,15 @@ def prefer(job: Job) -> None:
             raise ConfigError(
                 f"steps: {config.steps}, but {run.folder} has done {step} already; ask for as many or more"
             )
-        with progress(config.preference.loss, total=config.steps, console=job.console) as bar:
 
-            def watch() -> None:
-                if records := read_lines(run.steps):
-                    last = records[-1]
-                    note = f"loss {last['loss']:.3f}, chosen above all negatives {last['accuracy']:.0%}"
-                    bar.update(last["step"] + 1, note=note)
+        def show(bar: Progress, last: dict[str, Any]) -> None:
+            note = f"loss {last['loss']:.3f}, chosen above all negatives {last['accuracy']:.0%}"
+            bar.update(last["step"] + 1, note=note)
 
+        name, spec = config.preference.loss, {"run": run, "config": config}
+        with following(run.steps, show, name, config.steps, job.console) as watch:
             if not run.best_model.is_dir():  # or cut off after its end
-                job.fit(preference_loop, {"run": run, "config": config}, config.preference.loss, config.learners, watch)
-            watch()
+                job.fit(preference_loop, spec, name, config.learners, watch)
         shutil.rmtree(run.checkpoints, ignore_errors=True)  # large, and the model is whole
         last = read_lines(run.steps)[-1]
         done = last["step"] + 1  # what was asked for, unless it was cut off after its end and asked for more

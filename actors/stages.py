@@ -33,7 +33,7 @@ from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
 from rporec.recipes.rporec import RPORec
-from rporec.report.live import progress
+from rporec.report.live import Progress, following, progress
 from rporec.run import Run
 from rporec.text.completion_store import Part
 
@@ -118,16 +118,13 @@ def _supervise(job: Job, name: str, steps: int | None) -> dict[str, Any]:
     """Train the backbone on the recipe's pairs into `RUN/name/model`; returns what it took."""
     folder, log = job.run.folder / name, job.run.folder / f"{name}.jsonl"
     spec = {"run": job.run, "config": job.config, "steps": steps, "log": log, "folder": folder}
-    with progress(name, console=job.console) as bar:
 
-        def watch() -> None:
-            if records := read_lines(log):
-                last = records[-1]
-                bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
+    def show(bar: Progress, last: dict[str, Any]) -> None:
+        bar.update(last["step"] + 1, total=last["steps"], note=f"loss {last['loss']:.3f}")
 
+    with following(log, show, name, None, job.console) as watch:
         if not (folder / "model").is_dir():  # or cut off after its end
             job.fit(warmup_loop, spec, name, job.config.learners, watch)
-        watch()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # large, and the model is whole
     last = read_lines(log)[-1]
     return {
@@ -159,16 +156,13 @@ def _train_heads(
     log = job.run.folder / f"{name}.jsonl"
     log.unlink(missing_ok=True)
     spec = {"run": job.run, "config": job.config, "log": log, "stage": stage, "slices": slices, "heads": heads}
-    with progress("RecHead", console=job.console) as bar:
 
-        def watch() -> None:
-            if records := read_lines(log):
-                last = records[-1]
-                value = last.get("valid_ndcg@10", last.get("ndcg@10"))
-                bar.update(last["epoch"], total=last["epochs"], note=f"{last['head']}: validation NDCG@10 {value:.4f}")
+    def show(bar: Progress, last: dict[str, Any]) -> None:
+        value = last.get("valid_ndcg@10", last.get("ndcg@10"))
+        bar.update(last["epoch"], total=last["epochs"], note=f"{last['head']}: validation NDCG@10 {value:.4f}")
 
+    with following(log, show, "RecHead", None, job.console) as watch:
         job.fit(head_loop, spec, name, job.config.head.workers, watch)
-        watch()
     chosen = [record for record in read_lines(log) if "valid_ndcg@10" in record]
     return {
         "validation": {record["head"]: record["valid_ndcg@10"] for record in chosen},

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rporec.files import read_lines
 from rporec.report.sources import dig, mapping, number, records, words
 from rporec.status import STATES
 
@@ -256,3 +258,18 @@ def progress(
     )
     with RichProgress(*columns, console=console) as bar:
         yield _Bar(description, total, bar)
+
+
+@contextmanager
+def following(
+    log: Path, show: Callable[[Progress, dict[str, Any]], None], description: str, total: int | None, console: Console
+) -> Iterator[Callable[[], None]]:
+    """A bar that shows the newest line of a JSONL file, whenever what is yielded is called and at the end."""
+    with progress(description, total, console=console) as bar:
+
+        def watch() -> None:
+            if lines := read_lines(log):
+                show(bar, lines[-1])
+
+        yield watch
+        watch()
