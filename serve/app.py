@@ -19,6 +19,7 @@ from rporec import __version__
 from rporec.config import ServeConfig
 from serve.guard import LOGGER, UNEXPECTED, Guard, Metrics
 from serve.schema import (
+    TITLES,
     Accepted,
     BatchRequest,
     BatchResponse,
@@ -151,10 +152,10 @@ def _streamed(service: Service, request: RecommendRequest, metrics: Metrics) -> 
                     yield _event("result", _counted(metrics, piece).model_dump())
         except Exception as error:
             if isinstance(error, Unavailable):
-                problem = Problem(title=_TITLES[503], status=503, detail=str(error))
+                problem = Problem.of(503, str(error))
             else:
                 LOGGER.exception("a stream failed")
-                problem = Problem(title=_TITLES[500], status=500, detail=UNEXPECTED)
+                problem = Problem.of(500, UNEXPECTED)
             yield _event("error", problem.model_dump(exclude_none=True))
 
     return _Events(events(), headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
@@ -165,30 +166,15 @@ def _event(name: str, value: dict[str, Any]) -> str:
 
 
 # --- errors --------------------------------------------------------------------------------------
-_TITLES = {
-    400: "Bad Request",
-    401: "Unauthorized",
-    404: "Not Found",
-    405: "Method Not Allowed",
-    409: "Conflict",
-    413: "Content Too Large",
-    422: "Unprocessable Content",
-    429: "Too Many Requests",
-    500: "Internal Server Error",
-    503: "Service Unavailable",
-}
-
-
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What OpenAPI says of a route's errors."""
     content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-    return {status: {"description": _TITLES[status], "content": content} for status in statuses}
+    return {status: {"description": TITLES[status], "content": content} for status in statuses}
 
 
 def _problem(status: int, detail: str, **more: Any) -> JSONResponse:
-    problem = Problem(title=_TITLES.get(status, "Error"), status=status, detail=detail, **more)
     headers = {"Retry-After": "1"} if status == 503 else None
-    body = problem.model_dump(exclude_none=True)
+    body = Problem.of(status, detail, **more).model_dump(exclude_none=True)
     return JSONResponse(body, status, headers=headers, media_type="application/problem+json")
 
 

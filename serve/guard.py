@@ -116,7 +116,7 @@ class Guard:
         except Exception:
             LOGGER.exception("%s %s failed", scope["method"], _template(scope))
             if not started:
-                await _send(watched, Problem(title="Internal Server Error", status=500, detail=UNEXPECTED), {})
+                await _send(watched, Problem.of(500, UNEXPECTED), {})
             elif status != 500:
                 raise  # a response that was cut off must not look whole
         finally:
@@ -133,17 +133,15 @@ class Guard:
             known = hmac.compare_digest(token.strip(), self._token)  # takes as long wherever the first difference is
             if scheme.lower() != b"bearer" or not known:
                 detail = "send the header Authorization: Bearer TOKEN"
-                return Problem(title="Unauthorized", status=401, detail=detail), {"WWW-Authenticate": "Bearer"}
+                return Problem.of(401, detail), {"WWW-Authenticate": "Bearer"}
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > self._config.max_body_bytes:
-            detail = f"at most {self._config.max_body_bytes} bytes"
-            return Problem(title="Content Too Large", status=413, detail=detail), {}
+            return Problem.of(413, f"at most {self._config.max_body_bytes} bytes"), {}
         if self._rates is not None and not open_path:
             client = "token" if self._token is not None else str((scope.get("client") or ("",))[0])
             if wait := self._rates.wait(client, time.monotonic()):
                 detail = f"at most {self._config.requests_per_minute} requests a minute"
-                after = {"Retry-After": str(int(wait) + 1)}
-                return Problem(title="Too Many Requests", status=429, detail=detail), after
+                return Problem.of(429, detail), {"Retry-After": str(int(wait) + 1)}
         return None
 
 

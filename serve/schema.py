@@ -117,6 +117,20 @@ class Accepted(Message):
     accepted: int
 
 
+TITLES = {
+    400: "Bad Request",
+    401: "Unauthorized",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    413: "Content Too Large",
+    422: "Unprocessable Content",
+    429: "Too Many Requests",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
 class Problem(BaseModel):
     """RFC 9457, `application/problem+json`."""
 
@@ -125,6 +139,10 @@ class Problem(BaseModel):
     status: int
     detail: str
     errors: list[dict[str, Any]] | None = None  # of 422: where and what
+
+    @classmethod
+    def of(cls, status: int, detail: str, **more: Any) -> Problem:
+        return cls(title=TITLES.get(status, "Error"), status=status, detail=detail, **more)
 
 
 class Health(Message):
