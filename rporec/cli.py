@@ -299,8 +299,6 @@ def _promote(options: argparse.Namespace) -> None:
 
 def _serve(options: argparse.Namespace) -> None:
     run = Run.open(options.run)
-    run.require("stage1", "serve")
-    run.require_head("serve")
     if bad := [word for word in options.overrides if not word.startswith(("serve.", "engine.", "device="))]:
         raise ConfigError(f"{bad[0]!r}: serving changes device and keys of serve. and engine.; the rest is the run's")
     if not 0 < options.port < 2**16:

@@ -29,6 +29,11 @@ class Promoted:
     version: str
     folder: Path
 
+    @classmethod
+    def of(cls, run: Run, version: str) -> Promoted:
+        """Whether it is there or not."""
+        return cls(version, run.folder / "promoted" / version)
+
     @property
     def model(self) -> Path:
         return self.folder / "model"
@@ -41,7 +46,7 @@ class Promoted:
 def promoted(run: Run) -> Promoted | None:
     """The version in use; None before the first promotion."""
     state = _state(run)
-    return _at(run, state["current"]) if state["promotions"] else None
+    return Promoted.of(run, state["current"]) if state["promotions"] else None
 
 
 def better(run: Run, ndcg: float, min_gain: float = 0.0) -> bool:
@@ -56,7 +61,7 @@ def promote(run: Run, version: str, model: Path, ndcg: float | None) -> Promoted
     A version whose folder is still there is used again; it keeps its NDCG@10 where the new one is None.
     """
     state = _state(run)
-    chosen = _at(run, version)
+    chosen = Promoted.of(run, version)
     if not chosen.folder.exists():
         with replacing(chosen.folder) as temporary:
             shutil.copytree(model, temporary / "model", copy_function=_link)
@@ -78,12 +83,20 @@ def promote_best(run: Run) -> Promoted:
     return promote(run, f"{best['attempt']}.{best['version']}", run.best_model, best["ndcg@10"])
 
 
+def make_servable(run: Run) -> None:
+    """Have the best version serve unless one does already. ConfigError for a run that has nothing to serve."""
+    run.require("stage1", "serve")
+    run.require_head("serve")
+    if promoted(run) is None:
+        promote_best(run)
+
+
 def roll_back(run: Run) -> Promoted:
     """Have the version serve that was promoted before the current one. ConfigError when there is none."""
     state = _state(run)
     versions = [one["version"] for one in state["promotions"]]
     place = versions.index(state["current"]) if versions else 0
-    if place == 0 or not (earlier := _at(run, versions[place - 1])).folder.exists():
+    if place == 0 or not (earlier := Promoted.of(run, versions[place - 1])).folder.exists():
         raise ConfigError(f"{run.folder}: no earlier promotion to go back to")
     _commit(run, state | {"current": earlier.version})
     return earlier
@@ -99,10 +112,6 @@ def _commit(run: Run, state: dict[str, Any]) -> None:
     for folder in (run.folder / "promoted").iterdir():
         if folder.name not in kept and not folder.name.startswith("."):
             shutil.rmtree(folder)
-
-
-def _at(run: Run, version: str) -> Promoted:
-    return Promoted(version, run.folder / "promoted" / version)
 
 
 def _link(source: str, target: str) -> None:

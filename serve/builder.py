@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from rporec.config import override
-from rporec.promotion import promote_best, promoted
+from rporec.promotion import make_servable
 from rporec.run import Run
 from serve.deployments import application
 from serve.served import Served
@@ -26,9 +26,6 @@ class Arguments(BaseModel):
 def build(arguments: Arguments) -> Any:
     """Always with a bearer token, for it is reached from other machines. ConfigError when there is no such run."""
     run = Run.open(arguments.run)
-    run.require("stage1", "serve")
-    run.require_head("serve")
-    if promoted(run) is None:
-        promote_best(run)
+    make_servable(run)
     served = Served(run, override(run.config(), arguments.overrides))
     return application(served, guarded=True, cuda=arguments.cuda)

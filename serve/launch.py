@@ -13,7 +13,7 @@ from actors.inspect import check_address
 from actors.live import live_address
 from rporec.config import Config, ConfigError
 from rporec.engine.transfer import engine_ranks
-from rporec.promotion import promote_best, promoted
+from rporec.promotion import make_servable
 from rporec.run import Run, RunError
 from serve.guard import TOKEN_VARIABLE, read_token
 from serve.served import Served
@@ -34,8 +34,7 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
             f"--host {host} is reached from other machines: set {TOKEN_VARIABLE} or serve.token_file, "
             "or bind to 127.0.0.1"
         )
-    if promoted(run) is None:
-        promote_best(run)
+    make_servable(run)
     address = address or live_address(run)
     with connected(config, address, f"serve-{run.folder.name}") as cluster:
         _check_free(host, port)

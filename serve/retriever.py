@@ -70,7 +70,7 @@ class Retriever:
         """The best `k` items, by the head of the version that wrote the text."""
         version = query.version or self._version
         if version not in self._heads:  # a reasoner was quicker to take it, or it is an old one
-            await self._load(Promoted(version, self._served.run.folder / "promoted" / version))
+            await self._load(Promoted.of(self._served.run, version))
         await self._catch_up(version, query.items)
         return await self._ranked(replace(query, version=version))
 
