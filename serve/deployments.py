@@ -21,8 +21,9 @@ from rporec.engine.types import EngineError
 from rporec.engine.vllm_start import engine_environment
 from serve.app import build_app
 from serve.guard import read_token
-from serve.reasoner import Reasoner, Thought
-from serve.retriever import Query, Ranked, Retriever
+from serve.messages import Query, Ranked, Thought
+from serve.reasoner import Reasoner
+from serve.retriever import Retriever
 from serve.schema import Readiness
 from serve.served import Served
 from serve.service import TRIES, Service, Unavailable
@@ -99,14 +100,8 @@ class Ingress:
             raise RuntimeError("no bearer token on this node; set serve.token_file or RPOREC_SERVE_TOKEN")
         dataset = served.dataset()
         others = Deployments(reasoner, retriever)
-        self._service = Service(
-            dataset,
-            served.growing(dataset),
-            FeedbackLog(served.run.feedback),
-            others,
-            Query,
-            timeout_ms=config.timeout_ms,
-        )
+        growing, log = served.growing(dataset), FeedbackLog(served.run.feedback)
+        self._service = Service(dataset, growing, log, others, timeout_ms=config.timeout_ms)
         self._app = build_app(self._service, others.ready, config, token)
 
     def __serve_build_asgi_app__(self) -> Any:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,17 +16,8 @@ from rporec.engine.vllm import VllmEngine
 from rporec.engine.weights import load_safetensors
 from rporec.promotion import Promoted
 from rporec.recipes.rporec import RPORec
+from serve.messages import Thought
 from serve.served import Served, still
-
-
-@dataclass(frozen=True)
-class Thought:
-    """A completion and the version that wrote all of it."""
-
-    text: str
-    version: str
-    tokens: int
-    milliseconds: float
 
 
 class Model:
@@ -123,14 +112,12 @@ class Reasoner:
                 finishing.cancel()
 
     async def _finish(self, model: Model, writing: Future[list[Generated]]) -> Thought:
-        began = time.perf_counter()
         try:
             [written] = await asyncio.wrap_future(writing)
         except asyncio.CancelledError:
             model.engine.drop(writing)  # nobody waits any more: the client is gone, or its time is over
             raise
-        milliseconds = (time.perf_counter() - began) * 1e3
-        return Thought(written.text, model.version, len(written.token_ids), milliseconds)
+        return Thought(written.text, model.version)
 
     def _prompt(self, history: np.ndarray, items: int) -> list[int]:
         if items > len(self._writer.items.catalog):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +18,7 @@ from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.models.recommender import Recommender
 from rporec.promotion import Promoted
+from serve.messages import Query, Ranked
 from serve.served import Served, still
 
 SWITCH = (
@@ -26,29 +26,6 @@ SWITCH = (
 )
 HEADS = 3  # versions in memory: requests that began with an earlier one are still under way
 BATCH = 32
-
-
-@dataclass(frozen=True)
-class Query:
-    """What to rank for: indices of items, oldest first, and a completion that `version` wrote, if any did."""
-
-    history: np.ndarray  # int64
-    time: int  # seconds since 1970
-    k: int
-    excluded: np.ndarray  # int64
-    filters: Mapping[str, list[str]]
-    items: int  # the catalogue that the indices are of has as many
-    text: str | None = None
-    version: str | None = None  # None: the one in use
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """Best first."""
-
-    items: list[int]
-    scores: list[float]
-    version: str
 
 
 @serve.deployment

@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from rporec.data import Catalog, DataError, Dataset
 from rporec.data.added_items import GrowingCatalog
 from rporec.data.feedback import NO_CHOICE, FeedbackLog, Reaction
 from rporec.text.completion import TAGS, parse
+from serve.messages import Query, Ranked, Thought
 from serve.schema import Event, Feedback, Item, NewItem, RecommendRequest, RecommendResponse, ScoredItem, User
 
 TRIES = 4  # of one call, each on another replica when the last one died
@@ -38,9 +39,9 @@ class Unavailable(Exception):
 class Backend(Protocol):
     """A deployment's methods, retried where that is safe; each raises Unavailable."""
 
-    def reason(self, history: np.ndarray, items: int) -> Awaitable[Any]: ...
-    def stream(self, history: np.ndarray, items: int) -> AsyncGenerator[Any, None]: ...
-    def rank(self, query: Any) -> Awaitable[Any]: ...
+    def reason(self, history: np.ndarray, items: int) -> Awaitable[Thought]: ...
+    def stream(self, history: np.ndarray, items: int) -> AsyncGenerator[str | Thought, None]: ...
+    def rank(self, query: Query) -> Awaitable[Ranked]: ...
 
 
 @dataclass
@@ -59,21 +60,12 @@ class Asked:
 
 
 class Service:
-    """`query`: makes the retriever's Query, so that this module needs no torch."""
-
     def __init__(
-        self,
-        dataset: Dataset,
-        catalog: GrowingCatalog,
-        log: FeedbackLog,
-        backend: Backend,
-        query: Callable[..., Any],
-        *,
-        timeout_ms: int,
+        self, dataset: Dataset, catalog: GrowingCatalog, log: FeedbackLog, backend: Backend, *, timeout_ms: int
     ) -> None:
         self._users = Users(dataset, log)
         self._growing, self._log = catalog, log
-        self._backend, self._query, self._timeout_ms = backend, query, timeout_ms
+        self._backend, self._timeout_ms = backend, timeout_ms
         self._unwritten: list[tuple[Reaction, asyncio.Future[None]]] = []
         self._tasks: set[asyncio.Task] = set()
 
@@ -161,21 +153,23 @@ class Service:
             raise Refused(422, "history: none of its items is in the catalogue")
         return history
 
-    async def _answer(self, asked: Asked, thought: Any = None, fallback: str | None = None) -> RecommendResponse:
+    async def _answer(
+        self, asked: Asked, thought: Thought | None = None, fallback: str | None = None
+    ) -> RecommendResponse:
         """Rank with what there is; the retriever answers with the version that wrote the thought."""
         request, catalog = asked.request, self.catalog
         if not len(asked.history):
             fallback = "no_history"
             asked.warnings.append("no history to go by: these are the popular items")
-        query = self._query(
+        query = Query(
             history=asked.history,
             time=int(time.time()),
             k=request.k,
             excluded=asked.excluded,
             filters=request.filters,
             items=len(catalog),
-            text=thought and thought.text,
-            version=thought and thought.version,
+            text=thought.text if thought else None,
+            version=thought.version if thought else None,
         )
         ranking = time.monotonic()
         try:

@@ -16,7 +16,8 @@ from rporec.data import Catalog, Dataset, build
 from rporec.data.added_items import GrowingCatalog
 from rporec.data.feedback import FeedbackLog
 from rporec.data.synthetic import write_synthetic
-from serve.retriever import Query, Ranked, _allowed
+from serve.messages import Query, Ranked
+from serve.retriever import _allowed
 from serve.schema import RecommendRequest, RecommendResponse
 from serve.service import Service
 
@@ -68,7 +69,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 async def streamed(dataset: Dataset, backend: Any, folder: Path, reading: float) -> tuple[list[str], RecommendResponse]:
     """The pieces and the response of one request with 200 ms, each piece read for so many seconds."""
     growing = GrowingCatalog(dataset.catalog, folder / "items")
-    service = Service(dataset, growing, FeedbackLog(folder / "feedback"), backend, Query, timeout_ms=200)
+    service = Service(dataset, growing, FeedbackLog(folder / "feedback"), backend, timeout_ms=200)
     request = RecommendRequest(history=dataset.catalog.ids[:3], k=2, reason=True)
     got = []
     async for piece in service.stream(request):
