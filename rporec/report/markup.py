@@ -1,7 +1,8 @@
-"""HTML and SVG elements whose text is escaped unless it is markup already."""
+"""HTML and SVG elements whose text is escaped unless it is markup already, and the tables made of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -37,3 +38,12 @@ def join(children: Any) -> Markup:
         elif child is not None:
             parts.append(child if isinstance(child, Markup) else escape(str(child)))
     return Markup("".join(parts))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
+    """A plain table: the first column is text, the others are figures."""
+    head = element("tr", [element("th", name, scope="col") for name in header])
+    body = [
+        element("tr", element("th", row[0], scope="row"), [element("td", cell) for cell in row[1:]]) for row in rows
+    ]
+    return element("div", element("table", element("thead", head), element("tbody", body)), class_="scroll")

@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from rporec.report.markup import Markup, element, join
+from rporec.report.markup import Markup, element, join, table
 from rporec.report.sources import Sources, mapping, number, words
 from rporec.report.svg import Axis, Interval, axis_labels, interval_plot
-from rporec.report.training import table
 
 SHOWN = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
 LISTS = ("coverage@10", "diversity@10")  # where they were measured

@@ -8,19 +8,16 @@ from rporec.report.markup import Markup, element, join
 from rporec.report.sources import Sources, mapping, number, words
 
 OPEN = 3  # rollouts that are unfolded
-SHOWN = 24
 
 
 def rollouts(sources: Sources) -> Markup:
     """Users with their history, target, and the thoughts, answers and ranks on both sides of RL."""
     if not sources.rollouts:
         return element("p", "No rollouts were saved.", class_="absent")
-    left_out = len(sources.rollouts) - SHOWN
     return join(
         [
             element("p", "Rank: where the target stands in the whole catalogue once the head has read the text."),
-            [_rollout(rollout, at < OPEN) for at, rollout in enumerate(sources.rollouts[:SHOWN])],
-            element("p", f"{left_out} more in rollouts.json.", class_="absent") if left_out > 0 else None,
+            [_rollout(rollout, at < OPEN) for at, rollout in enumerate(sources.rollouts)],
         ]
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from rporec.report.markup import Markup, element, join
+from rporec.report.markup import Markup, element, join, table
 from rporec.report.sources import Sources, dig, keys, mapping, number, points, step_of
 from rporec.report.svg import Series, figure, line_chart, stacked_chart
 
@@ -194,15 +194,6 @@ def dropped(sources: Sources) -> Markup:
         return element("p", "No group was dropped.")
     rows = [(reason.replace("_", " "), f"{count:,}") for reason, count in counts.most_common() if count > 0]
     return table(("reason", "groups"), rows)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Markup:
-    """A plain table: the first column is text, the others are figures."""
-    head = element("tr", [element("th", name, scope="col") for name in header])
-    body = [
-        element("tr", element("th", row[0], scope="row"), [element("td", cell) for cell in row[1:]]) for row in rows
-    ]
-    return element("div", element("table", element("thead", head), element("tbody", body)), class_="scroll")
 
 
 def _with_unit(value: float | None, unit: str) -> str:
