@@ -34,11 +34,9 @@ from rporec.config import Config, ConfigError
 from rporec.data.folder import check_free, new_folder
 from rporec.engine.types import EngineError, Version
 from rporec.files import append_line
-from rporec.report.live import Progress, following, progress
+from rporec.report.live import Progress, following, progress, say
 from rporec.rl.rollout_schema import ROLLOUT_SCHEMA, GroupMeta, Lease, group_meta, read_groups, write_groups
 from rporec.run import Run
-
-_PLAIN: dict[str, Any] = {"soft_wrap": True, "markup": False, "highlight": False}
 
 
 # --- the three commands ----------------------------------------------------------------------
@@ -53,11 +51,11 @@ def rollouts(run: Run, groups: int | None, out: Path, address: str | None, conso
     whole = group_meta(pa.concat_batches(written))
     stopped = sum(group.column("finish_reason").to_pylist().count("stop") for group in written)
     size = len(whole.lengths)
-    console.print(
+    say(
+        console,
         f"{count:,} groups, {size:,} completions, {whole.tokens:,} tokens in {seconds:.1f} s: "
         f"{whole.tokens / seconds:,.0f} tokens/s; mean length {whole.tokens / size:.1f}, "
         f"ended by themselves {stopped / size:.1%}, well formed {whole.format:.1%}; {out}",
-        **_PLAIN,
     )
 
 
@@ -73,11 +71,11 @@ def rewards(run: Run, replay: Path, out: Path | None, address: str | None, conso
     whole = group_meta(pa.concat_batches(scored))
     mean = "none" if whole.reward_mean is None else f"{whole.reward_mean:.4f}"
     parts = ", ".join(f"{name} {value:.4f}" for name, value in whole.parts.items())
-    console.print(
+    say(
+        console,
         f"{len(scored):,} groups in {seconds:.1f} s: {len(scored) / seconds:,.0f} groups/s; reward without the entropy "
         f"term {mean} ({parts}); flat groups {sum(meta.flat for meta in metas)}, "
         f"completions that could not be scored {whole.masked}{'' if out is None else f'; {out}'}",
-        **_PLAIN,
     )
 
 
@@ -106,7 +104,7 @@ def learner(run: Run, replay: Path, steps: int | None, out: Path, address: str |
     ):
         # Ray Train's own files go into `out` too. As many threads as beside rollout workers: sums keep their order.
         replace(job, run=Run(log.parent)).fit(replay_loop, spec, "replay", config.learners, watch, alone=False)
-    console.print(str(out / "steps.jsonl"), **_PLAIN)
+    say(console, str(out / "steps.jsonl"))
 
 
 # --- saved groups ----------------------------------------------------------------------------

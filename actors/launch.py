@@ -13,6 +13,7 @@ from actors.cluster import awaited, connected
 from actors.job import Job
 from actors.stages import CLUSTER_STAGES, evaluate_run, prepare_data, rank_methods
 from rporec.config import Config, ConfigError
+from rporec.report.live import say
 from rporec.run import Run
 
 
@@ -43,7 +44,7 @@ def _check_gpus(job: Job) -> None:
             "engine.gpu_share=0.5 deepspeed.gpu_share=0.4, as in configs/gpu_1x.yaml"
         )
     if line := awaited({"GPU": needed}):
-        job.console.print(line, soft_wrap=True, highlight=False)
+        say(job.console, line)
 
 
 @contextlib.contextmanager
@@ -53,7 +54,7 @@ def on_cluster(run: Run, config: Config, address: str | None, console: Console, 
     with connected(config, address, _namespace(run)) as cluster:
         job = Job(run, config, cluster, console)
         if line := awaited({role: job.placements()[role] for role in roles}):
-            console.print(line, soft_wrap=True, highlight=False)
+            say(console, line)
         yield job
 
 

@@ -20,7 +20,7 @@ from actors.learner import rl_loop
 from actors.placement import RayPlacement
 from rporec.engine.transfer import choose_transfer
 from rporec.files import read_lines, write_json
-from rporec.report.live import LiveTable
+from rporec.report.live import LiveTable, say
 from rporec.run import RunError
 
 DEATH = "{role} {name} (pid {pid}) on node {node:.12} died: {message}; {cause}its log there: {log}"
@@ -47,7 +47,7 @@ def reinforce(job: Job) -> None:
         gpus = math.inf if come else ray.cluster_resources().get("GPU", 0)
         transfer = choose_transfer(config, cuda=job.cluster.cuda, gpus=gpus)
         if transfer.line:
-            job.console.print(transfer.line, soft_wrap=True, markup=False, highlight=False)
+            say(job.console, transfer.line)
         config = config.model_copy(update={"weight_transfer": transfer.kind})
         job = replace(job, config=config)
         actor = ray.remote(num_cpus=0, max_concurrency=1000, max_restarts=CONTROLLER_RESTARTS)(Controller)
@@ -66,11 +66,8 @@ def reinforce(job: Job) -> None:
             },
         )
         auth = "RAY_AUTH_MODE=token " if os.environ.get("RAY_AUTH_MODE") == "token" else ""
-        job.console.print(
-            f"its processes: {auth}RAY_ADDRESS={job.cluster.address} ray list actors; what it does: rporec status",
-            soft_wrap=True,
-            highlight=False,
-        )
+        processes = f"{auth}RAY_ADDRESS={job.cluster.address} ray list actors"
+        say(job.console, f"its processes: {processes}; what it does: rporec status")
         try:
             _train(job, controller)
         finally:
@@ -132,7 +129,7 @@ class Watch:
         told += [(one["time"], one["message"]) for one in status.get("notices", [])]
         for moment, line in sorted(told):
             if moment > self.told:
-                self.job.console.print(line, soft_wrap=True, markup=False, highlight=False)
+                say(self.job.console, line)
                 self.told = moment
         if status.get("state") == "FAILED" and status["time"] >= self.began:  # not the last word of a resumed run
             pid = next(actor["pid"] for actor in status["actors"] if actor["role"] == "controller")

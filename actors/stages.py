@@ -33,7 +33,7 @@ from rporec.data.remote import fetch, is_url
 from rporec.files import read_json, read_lines, write_json
 from rporec.recipes import StagedRecipe
 from rporec.recipes.rporec import RPORec
-from rporec.report.live import Progress, following, progress
+from rporec.report.live import Progress, following, progress, say
 from rporec.run import Run
 from rporec.text.completion_store import Part
 
@@ -90,7 +90,7 @@ def warm_up(job: Job) -> None:
         counts = ", ".join(f"{count:,} for {name}" for name, count in notes["samples"].items() if count)
         job.console.print(f"samples: {counts}")
         if notice := _left_out(recipe):
-            job.console.print(notice, soft_wrap=True)
+            say(job.console, notice)
         if config.warmup.steps == 0:
             return
         if isinstance(recipe, RPORec):

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from actors.cluster import last_words
 from rporec.config import Config, ConfigError
+from rporec.report.live import say
 from rporec.run import RunError
 
 PACKAGES = ("rporec", "actors", "serve")
@@ -53,7 +54,7 @@ def submit(file: Path, config: Config, run: Path, address: str, words: Sequence[
         job = _name(client, run, address)
         with tempfile.TemporaryDirectory() as folder:
             pack(Path(folder), file, config)
-            console.print(f"job {job}; Ctrl-C leaves it alone", highlight=False, soft_wrap=True)
+            say(console, f"job {job}; Ctrl-C leaves it alone")
             _submit(
                 client,
                 entrypoint=shlex.join(["python", "-m", "rporec.cli", "train", file.name, *words, "--run", str(run)]),
@@ -67,7 +68,7 @@ def submit(file: Path, config: Config, run: Path, address: str, words: Sequence[
             asyncio.run(_follow(client, job))
             done = client.get_job_info(job)
     except KeyboardInterrupt:
-        console.print(f"\n{hints}", highlight=False, markup=False, soft_wrap=True)
+        say(console, f"\n{hints}")
         return 0
     if done.driver_exit_code is None and done.status != "STOPPED":
         raise RunError(f"job {job} is {done.status}: {done.message}")

@@ -14,6 +14,7 @@ from actors.live import live_address
 from rporec.config import Config, ConfigError
 from rporec.engine.transfer import engine_ranks
 from rporec.promotion import make_servable
+from rporec.report.live import say
 from rporec.run import Run, RunError
 from serve.guard import TOKEN_VARIABLE, read_token
 from serve.served import Served
@@ -41,10 +42,10 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
         serving = config.serve
         replicas = serving.ingresses.min + serving.reasoners.min + serving.retrievers.min
         if line := awaited({"serve": replicas}):
-            console.print(line, soft_wrap=True, highlight=False)
+            say(console, line)
         needed = engine_ranks(config.engine) * serving.reasoners.min if cluster.cuda else 0
         if (free := ray.available_resources().get("GPU", 0)) < needed:  # a training here holds what it has to its end
-            console.print(f"waits for GPUs: {free:g} of {needed} free", soft_wrap=True, highlight=False)
+            say(console, f"waits for GPUs: {free:g} of {needed} free")
         try:
             with console.status("starting the deployments (vLLM takes a while)"):
                 deploy(Served(run, config), host, port, guarded=token is not None, cuda=cluster.cuda)

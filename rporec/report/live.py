@@ -28,6 +28,11 @@ from rporec.report.sources import dig, mapping, number, records, words
 from rporec.status import STATES
 
 
+def say(console: Console, text: str) -> None:
+    """Print text as it is, however long a line and whatever is in it."""
+    console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+
 class LiveTable:
     """Stage 2 at a glance; `update` it as often as you like.
 
@@ -71,7 +76,7 @@ class LiveTable:
             self._step = step
             key = (step.get("attempt"), step.get("step"))
             if not self.console.is_terminal and key != self._printed:
-                self.console.print(self.plain(), soft_wrap=True, markup=False, highlight=False)
+                say(self.console, self.plain())
                 self._printed = key
 
     def plain(self) -> str:
@@ -228,7 +233,7 @@ class _Lines(Progress):
         of = f"/{self.total:,}" if self.total is not None else ""
         count = f"{self.done:,}{of}" if self.done or of else ""
         cells = [cell for cell in (count, self.rate, self.note, f"{self._last - self.began:.0f} s") if cell]
-        self._console.print(f"{self.description}: {', '.join(cells)}", soft_wrap=True, markup=False, highlight=False)
+        say(self._console, f"{self.description}: {', '.join(cells)}")
 
 
 @contextmanager
