@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rporec import __version__
 from rporec.config import Config, ConfigError
 from rporec.data import Dataset
+from rporec.evaluation.table import IN_WORDS
 from rporec.files import read_json, replacing, write_json
 from rporec.run import Run
 
@@ -152,8 +153,7 @@ def _results(metrics: dict[str, Any], method: str) -> str:
     methods = _methods(metrics)
     if not methods:
         return "Not evaluated yet (`rporec evaluate`)."
-    removed = "the user's earlier items removed" if metrics["headline"] == "exclude_history" else "nothing removed"
-    part = metrics["conventions"][metrics["headline"]]
+    removed, part = IN_WORDS[metrics["headline"]], metrics["conventions"][metrics["headline"]]
     lines = [
         f"Split {metrics['split']}, {part['samples']:,} samples of {part['users']:,} users, ranking of the whole "
         f"catalogue, {removed} (convention `{metrics['headline']}`); 95 % bootstrap intervals over users. This folder is "

@@ -9,6 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from rporec.evaluation.table import IN_WORDS
+
 
 def print_table(summary: dict[str, Any], console: Console) -> None:
     """The headline convention as a table with 95 % intervals, and the paired differences below it."""
@@ -17,7 +19,7 @@ def print_table(summary: dict[str, Any], console: Console) -> None:
     if not part:
         console.print(f"No ranks in the convention {convention}.")
         return
-    kept = "the user's earlier items removed" if convention == "exclude_history" else "nothing removed"
+    kept = IN_WORDS[convention]
     title = f"{summary['split']}: {part['samples']:,} samples of {part['users']:,} users, whole catalogue, {kept}"
     further: tuple[str, ...] = ("ndcg@5", "hr@5", "ndcg@20", "hr@20") if console.width >= 108 else ()
     if console.width >= 134:

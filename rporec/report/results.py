@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from rporec.evaluation.table import IN_WORDS
 from rporec.report.markup import Markup, element, join, table
 from rporec.report.sources import Sources, mapping, number, words
 from rporec.report.svg import Axis, Interval, axis_labels, interval_plot
 
 SHOWN = ("ndcg@5", "ndcg@10", "ndcg@20", "hr@5", "hr@10", "hr@20")
 LISTS = ("coverage@10", "diversity@10")  # where they were measured
-CONVENTIONS = {"exclude_history": "the user's earlier items removed", "all": "nothing removed"}
 COLORS = (("rporec_stage2", 2), ("rporec_stage1", 1), ("rechead", 0), ("rere", 3))
 OTHER_COLOR = 6
 
@@ -27,13 +27,11 @@ def results(sources: Sources) -> Markup:
     for name in sorted(conventions, key=lambda name: name != headline):
         body = _convention(mapping(conventions[name]))
         if name == headline:
-            lead = (
-                f"Split {words(sources.metrics.get('split'))}, whole catalogue ranked, {CONVENTIONS.get(name, name)}. "
-            )
+            lead = f"Split {words(sources.metrics.get('split'))}, whole catalogue ranked, {IN_WORDS.get(name, name)}. "
             lead += "Intervals: 95 % bootstrap over users."
             parts.append(join([element("p", lead), body]))
         else:
-            summary = element("summary", f"The same with {CONVENTIONS.get(name, name)}")
+            summary = element("summary", f"The same with {IN_WORDS.get(name, name)}")
             parts.append(element("details", summary, body))
     return join(parts)
 
