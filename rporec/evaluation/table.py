@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from rporec.config import CONVENTIONS, Convention
 from rporec.evaluation.bootstrap import RESAMPLES, Estimate, bootstrap_mean, per_user
 from rporec.evaluation.ranking import hit, ndcg, ranks
-from rporec.files import replacing, write_json
+from rporec.files import replacing
 
 if TYPE_CHECKING:
     from rporec.data import Dataset
@@ -311,8 +311,3 @@ def user_sums(table: RankTable, convention: Convention) -> pa.Table:
             pa.Table.from_arrays([*columns, *map(pa.array, sums.T)], ["method", "user_id", "samples", *SUMMED])
         )
     return pa.concat_tables(parts)
-
-
-def write_metrics(summary: dict[str, Any], path: Path | str) -> None:
-    """Write `metrics.json`, all or nothing."""
-    write_json(Path(path), summary)

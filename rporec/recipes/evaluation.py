@@ -13,7 +13,7 @@ from rporec.config import CONVENTIONS, Config, Convention
 from rporec.data import Dataset
 from rporec.evaluation.cold import cold_items, popularity_strata
 from rporec.evaluation.lists import TopLists
-from rporec.evaluation.table import DEFAULT_PAIRS, RankTable, metrics, write_metrics
+from rporec.evaluation.table import DEFAULT_PAIRS, RankTable, metrics
 from rporec.files import write_json
 from rporec.models.text_neighbours import TextVectors
 from rporec.recipes import load_recipe
@@ -39,7 +39,7 @@ def evaluate(
     ranked.table.write(run.folder / "ranks.parquet")
     summary = summarize(recipe.dataset, config, ranked)
     summary["baselines"] = {name: store.record(name) for name in config.evaluate.baselines}
-    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "metrics.json", summary)
     write_json(run.folder / "rollouts.json", rollouts_side_by_side(recipe, run))
     return summary
 

@@ -12,8 +12,9 @@ from rporec.data.slices import held_rows
 from rporec.evaluation.bootstrap import bootstrap_mean
 from rporec.evaluation.cold import cold_items, popularity_strata
 from rporec.evaluation.ranking import hit, ndcg
-from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics, write_metrics
+from rporec.evaluation.table import DEFAULT_PAIRS, METRICS, RankTable, metrics
 from rporec.evaluation.terminal import print_table
+from rporec.files import write_json
 
 
 @pytest.fixture
@@ -142,7 +143,7 @@ def test_the_printed_table_shows_intervals_and_differences(world, tmp_path):
     table.add(world, "rporec_stage1", "all", test, np.array([2.0, 3.0, 4.0]))
     table.add(world, "rporec_stage2", "all", test, np.array([1.0, 1.0, 1.0]))
     summary = metrics(table, {}, "test", [0], "all", cold={"i5"})
-    write_metrics(summary, tmp_path / "metrics.json")
+    write_json(tmp_path / "metrics.json", summary)
     console = Console(record=True, width=120, file=open("/dev/null", "w"))  # noqa: SIM115
     print_table(json.loads((tmp_path / "metrics.json").read_text()), console)
     text = console.export_text()

@@ -11,7 +11,7 @@ import yaml
 from rporec.config import ConfigError, HeadConfig, parse_config
 from rporec.data import Catalog, Dataset, build, write_synthetic
 from rporec.data.slices import rows_of
-from rporec.evaluation.table import RankTable, metrics, write_metrics
+from rporec.evaluation.table import RankTable, metrics
 from rporec.export import export_run
 from rporec.files import read_json, write_json
 from rporec.models.experts import Experts
@@ -184,7 +184,7 @@ def test_the_card_shows_the_headline_figures_with_their_intervals(run, tmp_path)
         for convention in ("exclude_history", "all"):
             table.add(dataset, method, convention, test, np.full(len(test), rank + (convention == "all")))
     summary = metrics(table, {}, "test", [0], "exclude_history", resamples=50)
-    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "metrics.json", summary)
     front, text = front_matter((export_run(run, tmp_path / "out") / "README.md").read_text())
     assert "| rporec_stage2 | 0.631 [0.631, 0.631] | 1.000 [1.000, 1.000] |" in text
     assert "| rporec_stage2 − rporec_stage1 | +0.131 [+0.131, +0.131] |" in text

@@ -11,7 +11,7 @@ import pytest
 from rporec.config import Config, ConfigError, parse_config
 from rporec.evaluation.bootstrap import bootstrap_mean
 from rporec.evaluation.ranking import hit, ndcg
-from rporec.evaluation.table import RankTable, metrics, write_metrics
+from rporec.evaluation.table import RankTable, metrics
 from rporec.files import read_json, write_json
 from rporec.run import Run
 from rporec.study import Result, finished, markdown, over_trainings, pooled, study_name, write_result
@@ -40,7 +40,7 @@ def result(tmp_path: Path, config: Config, ranks: dict[str, np.ndarray]) -> Resu
     )
     for entry in summary["conventions"]["all"]["methods"].values():
         entry["coverage@10"] = 0.1 * (1 + config.seed)
-    write_metrics(summary, run.folder / "metrics.json")
+    write_json(run.folder / "metrics.json", summary)
     write_json(run.folder / "stages.json", {"warmup": {"seconds": 3.5}})
     return write_result(tmp_path / "study", run, config, ["rporec", "study", "small.yaml", "--seed", str(config.seed)])
 
