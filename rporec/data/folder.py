@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rporec.data.errors import DataError
+from rporec.files import replacing
 
 Progress = Callable[[str, int, int | None], None]  # stage, done, total if known
 
@@ -27,10 +26,7 @@ def check_free(out: Path) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder beside `out` that becomes `out` when the block ends, and vanishes when it fails."""
     check_free(out)
-    partial = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    partial.mkdir(parents=True)
-    try:
+    with replacing(out) as partial:
+        partial.mkdir()
         yield partial
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        check_free(out)  # what has come there meanwhile is not to be replaced
