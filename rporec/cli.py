@@ -217,7 +217,9 @@ def _study(options: argparse.Namespace) -> None:
     if options.tables is not None:
         if options.config is not None:
             raise ConfigError(f"study: --tables takes no CONFIG.yaml (got {options.config})")
-        print(study.markdown(options.tables))
+        from rporec.study_tables import markdown
+
+        print(markdown(options.tables))
         return
     if options.config is None:
         raise ConfigError("study: say CONFIG.yaml, or --tables")

@@ -14,7 +14,8 @@ from rporec.evaluation.ranking import hit, ndcg
 from rporec.evaluation.table import RankTable, metrics
 from rporec.files import read_json, write_json
 from rporec.run import Run
-from rporec.study import Result, finished, markdown, over_trainings, pooled, study_name, write_result
+from rporec.study import Result, finished, study_name, write_result
+from rporec.study_tables import markdown, over_trainings, pooled
 
 USERS = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 6, size=40))
 
