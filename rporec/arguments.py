@@ -53,16 +53,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rporec {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(group: Any, name: str, help: str) -> argparse.ArgumentParser:
-        sub = group.add_parser(name, help=help, description=help)
-        sub.add_argument("--debug", action="store_true", help="keep tracebacks")
-        sub.set_defaults(command=sub.prog.removeprefix("rporec "))
-        return sub
+    for add_some in (_add_data, _add_training, _add_steering, _add_using, _add_debug, _add_machine):
+        add_some(commands)
+    return parser
 
+
+def _add(group: Any, name: str, help: str) -> argparse.ArgumentParser:
+    sub = group.add_parser(name, help=help, description=help)
+    sub.add_argument("--debug", action="store_true", help="keep tracebacks")
+    sub.set_defaults(command=sub.prog.removeprefix("rporec "))
+    return sub
+
+
+def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="build, make or download a data set").add_subparsers(
         required=True, metavar="ACTION"
     )
-    build = add(data, "build", "check interactions and items (CSV, JSONL, Parquet) and write a data set")
+    build = _add(data, "build", "check interactions and items (CSV, JSONL, Parquet) and write a data set")
     build.add_argument(
         "--interactions",
         type=Path,
@@ -86,16 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument("--window", type=int, default=20, help="history items of a sample (default: 20)")
     build.add_argument("--k-core", type=int, default=0, help="keep users and items with at least K interactions")
 
-    synthetic = add(data, "synthetic", "write the embedded world, raw and built")
+    synthetic = _add(data, "synthetic", "write the embedded world, raw and built")
     synthetic.add_argument("--out", type=Path, required=True)
     synthetic.add_argument("--config", type=Path, help="YAML whose section data and seed are used")
     synthetic.add_argument("overrides", nargs="*", default=[], metavar="key=value")
 
-    download = add(data, "download", "fetch a public data set")
+    download = _add(data, "download", "fetch a public data set")
     download.add_argument("name", help="movielens-100k|1m|10m|20m|25m|32m, movietweetings, amazon-2023:CATEGORY")
     download.add_argument("--out", type=Path, required=True)
 
-    train = add(commands, "train", "run all stages of a config, or some")
+
+def _add_training(commands: Any) -> None:
+    train = _add(commands, "train", "run all stages of a config, or some")
     train.add_argument("config", type=Path, metavar="CONFIG.yaml")
     train.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="dotted paths, YAML values: rl.lr=1e-4"
@@ -119,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         help="with --address: train from this process, a node's, instead of submitting a job; Ctrl-C ends the training",
     )
 
-    evaluate = add(commands, "evaluate", "rank test with every method of a run")
+    evaluate = _add(commands, "evaluate", "rank test with every method of a run")
     evaluate.add_argument("run", type=Path, metavar="RUN")
     evaluate.add_argument(
         "overrides", nargs="*", default=[], metavar="key=value", help="what --resume may change: rere.more_beams=[50]"
@@ -136,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--address", help="Ray cluster to join")
 
     help = "train and evaluate one (config, data set, seed) into one result file; call it again to go on"
-    study = add(commands, "study", help)
+    study = _add(commands, "study", help)
     study.add_argument("config", type=Path, nargs="?", metavar="CONFIG.yaml")
     study.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
     study.add_argument("--data", metavar="DIR|URL", help="as for train")
@@ -152,16 +161,18 @@ def _parser() -> argparse.ArgumentParser:
         help="print the Markdown tables of the results in DIR (default: docs/study), and do nothing else",
     )
 
-    status = add(commands, "status", "what a run is doing now")
+
+def _add_steering(commands: Any) -> None:
+    status = _add(commands, "status", "what a run is doing now")
     status.add_argument("run", type=Path, metavar="RUN")
     status.add_argument("--json", action="store_true")
 
-    scale = add(commands, "scale", "change how many workers a live run has; no group is lost")
+    scale = _add(commands, "scale", "change how many workers a live run has; no group is lost")
     scale.add_argument("run", type=Path, metavar="RUN")
     scale.add_argument("--rollout-workers", type=int, metavar="N")
     scale.add_argument("--reward-workers", type=int, metavar="M")
 
-    plan = add(commands, "plan", "which nodes a config would bring, whether it fits, who would wait for whom")
+    plan = _add(commands, "plan", "which nodes a config would bring, whether it fits, who would wait for whom")
     plan.add_argument("config", type=Path, metavar="CONFIG.yaml")
     plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="as for train")
     plan.add_argument("--cluster", type=Path, required=True, metavar="FILE", help="cluster file of `ray up`")
@@ -170,11 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--learner-seconds", type=float, metavar="S", help="of one group, for all ranks together")
     plan.add_argument("--json", action="store_true")
 
-    promote = add(commands, "promote", "have the best version serve, or the one before the present one")
+
+def _add_using(commands: Any) -> None:
+    promote = _add(commands, "promote", "have the best version serve, or the one before the present one")
     promote.add_argument("run", type=Path, metavar="RUN")
     promote.add_argument("--rollback", action="store_true", help="go back to the version promoted before")
 
-    serving = add(commands, "serve", "answer over HTTP, on the cluster of the run or one started here")
+    serving = _add(commands, "serve", "answer over HTTP, on the cluster of the run or one started here")
     serving.add_argument("run", type=Path, metavar="RUN")
     serving.add_argument(
         "overrides",
@@ -187,19 +200,21 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("--port", type=int, default=8000)
     serving.add_argument("--address", help="Ray cluster (default: the one the run trains on, else one started here)")
 
-    report = add(commands, "report", "write RUN/report.html")
+    report = _add(commands, "report", "write RUN/report.html")
     report.add_argument("run", type=Path, metavar="RUN")
 
-    export = add(commands, "export", "Hugging Face folder, RecHead and item index, model card")
+    export = _add(commands, "export", "Hugging Face folder, RecHead and item index, model card")
     export.add_argument("run", type=Path, metavar="RUN")
     export.add_argument("--out", type=Path, required=True)
 
+
+def _add_debug(commands: Any) -> None:
     debug = commands.add_parser("debug", help="one role of a run alone; the run is only read").add_subparsers(
         required=True, metavar="ROLE"
     )
 
     def role(name: str, help: str, *, replay: bool, out: str, required: bool) -> argparse.ArgumentParser:
-        sub = add(debug, name, help)
+        sub = _add(debug, name, help)
         sub.add_argument("run", type=Path, metavar="RUN")
         if replay:
             sub.add_argument(
@@ -218,12 +233,13 @@ def _parser() -> argparse.ArgumentParser:
     learner = role("learner", help, replay=True, out="new folder for steps.jsonl", required=True)
     learner.add_argument("--steps", type=int, metavar="N", help="how many (default: as many as there are groups for)")
 
-    bench = add(commands, "bench", "measure what the documentation claims; ends with one JSON object")
+
+def _add_machine(commands: Any) -> None:
+    bench = _add(commands, "bench", "measure what the documentation claims; ends with one JSON object")
     bench.add_argument("name", choices=sorted(BENCHMARKS))
     bench.add_argument("--json", action="store_true", help="nothing but the JSON object")
     bench.add_argument("--quick", action="store_true", help="fewer rounds or a smaller size, where it has such")
 
-    doctor = add(commands, "doctor", "what this machine or cluster can run, and what is missing")
+    doctor = _add(commands, "doctor", "what this machine or cluster can run, and what is missing")
     doctor.add_argument("--address", help="also ask this Ray cluster")
     doctor.add_argument("--json", action="store_true")
-    return parser
