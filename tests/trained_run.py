@@ -18,14 +18,16 @@ import pytest
 from rporec.files import read_json, read_lines
 
 # Warmed up until most completions are well formed, else all rewards are 0 and the weights never move.
-CONFIG = """
-name: small
+SMALL = """
 data: {window: 8, synthetic: {users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}
 tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}
 teacher: {decision: true}
 warmup: {steps: 240, batch_size: 16, lr: 6e-3}
-sampling: {max_tokens: 40}
-head: {epochs: 3, lr: 2e-3, dim: 32, refreshed: true}
+sampling: {max_tokens: 40}"""
+CONFIG = f"""
+{SMALL}
+name: small
+head: {{epochs: 3, lr: 2e-3, dim: 32, refreshed: true}}
 max_staleness: 1
 groups_per_step: 8
 steps: 6
@@ -34,7 +36,7 @@ max_eval_samples: 60
 eval_samples: 2
 save_rollouts: true
 weight_transfer: nccl
-rl: {validate_every: 3, validate_samples: 32}
+rl: {{validate_every: 3, validate_samples: 32}}
 """
 
 

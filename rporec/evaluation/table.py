@@ -26,7 +26,7 @@ from rporec.files import replacing
 if TYPE_CHECKING:
     from rporec.data import Dataset
 
-IN_WORDS: dict[Convention, str] = {"exclude_history": "the user's earlier items removed", "all": "nothing removed"}
+IN_WORDS = {"exclude_history": "the user's earlier items removed", "all": "nothing removed"}
 CUTS = (1, 3, 5, 10, 20, 50)
 METRICS = tuple(f"{name}@{k}" for name in ("ndcg", "hr") for k in CUTS)
 SUMMED = ("ndcg@10", "hr@10")  # what is compared in pairs, and pooled over seeds

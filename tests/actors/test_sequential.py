@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from sequential import Step, Trainer
+from trained_run import SMALL
 
 from rporec.config import Config
 from rporec.files import read_lines
@@ -27,17 +28,12 @@ from rporec.run import Run
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster]
 
-# Warmed up until most completions are well formed, else all rewards are 0 and nothing is compared.
 # The gradient norm is on both sides of the clip; 6 groups are 3 micro-batches, or 2 on each of 2 ranks.
-CONFIG = """
+CONFIG = f"""
+{SMALL}
 name: sequential
-data: {window: 8, synthetic: {users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}
-tiny: {hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}
-teacher: {decision: true}
-warmup: {steps: 240, batch_size: 16, lr: 6e-3}
-sampling: {max_tokens: 40}
-engine: {kind: transformers, dtype: float32}
-head: {epochs: 2, lr: 2e-3, dim: 32}
+engine: {{kind: transformers, dtype: float32}}
+head: {{epochs: 2, lr: 2e-3, dim: 32}}
 max_staleness: 0
 groups_per_step: 6
 steps: 20
@@ -45,7 +41,7 @@ max_head_samples: 200
 max_eval_samples: 60
 eval_samples: 0
 save_rollouts: true
-rl: {micro_batch_groups: 2, grad_clip: 0.5, validate_every: 10, validate_samples: 32}
+rl: {{micro_batch_groups: 2, grad_clip: 0.5, validate_every: 10, validate_samples: 32}}
 """
 
 

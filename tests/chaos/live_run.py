@@ -12,18 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trained_run import kill_all
+from trained_run import SMALL, kill_all
 
 from rporec.files import read_json, read_lines
 
 STEPS, GROUPS = 14, 8
 CONFIG = f"""
+{SMALL}
 name: chaos
-data: {{window: 8, synthetic: {{users: 240, series: 24, volumes: 4, genres: 4, studios: 6, length: 10}}}}
-tiny: {{hidden: 64, heads: 2, kv_heads: 1, layers: 1, intermediate: 128, vocabulary: 512, context: 192}}
-teacher: {{decision: true}}
-warmup: {{steps: 240, batch_size: 16, lr: 6e-3}}
-sampling: {{max_tokens: 40}}
 head: {{epochs: 2, lr: 2e-3, dim: 32}}
 max_staleness: 1
 groups_per_step: {GROUPS}
