@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from actors import stages
 from actors.cluster import Cluster
 from actors.job import Job
 from actors.stages import _left_out
@@ -16,6 +17,7 @@ from actors.teaching import teach
 from rporec.config import SyntheticConfig, parse_config
 from rporec.data import build
 from rporec.data.synthetic import write_synthetic
+from rporec.files import write_json
 from rporec.recipes import StagedRecipe, load_recipe
 from rporec.recipes.rporec import RPORec
 from rporec.run import Run
@@ -68,3 +70,17 @@ def test_a_split_without_samples_has_nothing_to_leave_out(tmp_path: Path, monkey
     short = recipe(tmp_path, 72)
     monkeypatch.setattr(short, "evaluated", lambda split: short.dataset.split("valid")[:0])
     assert _left_out(short) is None
+
+
+def test_the_control_warms_up_longer_by_what_stage_2_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In CPU seconds, at what a step of the first warm-up took."""
+    long = recipe(tmp_path, 256)
+    seconds = {"warmup": {"cpu_seconds": 100.0, "steps": 50}, "stage2": {"cpu_seconds": 31.0}}
+    write_json(long.run.folder / "stages.json", seconds)
+    asked: list[tuple] = []
+    for name in ("_supervise", "_write_completions", "_train_heads"):
+        monkeypatch.setattr(stages, name, lambda job, *given, name=name: asked.append((name, *given)))
+    stages._more_warmup(Job(long.run, long.config, Cluster("", "", True, False), Console()), long)
+    assert asked[0] == ("_supervise", "more_warmup", 50 + 16)
+    assert asked[1][:3] == ("_write_completions", long, long.run.folder / "more_warmup/model")
+    assert asked[2][2:] == ("more_warmup", {"more_warmup/head": "text"})

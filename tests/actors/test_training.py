@@ -14,13 +14,16 @@ import torch
 from trained_run import CONFIG, Watched, rporec
 
 from actors.debug import saved_groups
+from rporec.data import Dataset
 from rporec.evaluation.ranking import ndcg
 from rporec.evaluation.ranking import ranks as all_ranks
 from rporec.files import read_json, read_lines
 from rporec.models.head_inputs import HeadInputs
 from rporec.models.rechead import RecHead
 from rporec.recipes import load_recipe
+from rporec.recipes.evaluation import baseline_store
 from rporec.recipes.head_stage import head_data
+from rporec.recipes.methods import methods
 from rporec.run import Run
 from rporec.text.completion_store import read_completions
 
@@ -72,6 +75,65 @@ def test_refreshed_heads_have_the_rl_slice_too_and_differ_in_what_their_llm_wrot
         rows = ranks[(ranks.method == f"rporec_{stage}_refreshed") & (ranks.convention == "all")]
         expected = dict(zip(samples.tolist(), all_ranks(scores, dataset.targets(samples), None), strict=True))
         assert dict(zip(rows["sample"], rows["rank"], strict=True)) == expected
+
+
+def test_ablations_rank_by_the_text_that_their_names_say(trained: Watched) -> None:
+    run = Run.open(trained.folder)
+    config, dataset = run.config(), load_recipe(run, run.config()).dataset
+    head = RecHead.load(run.head("head"), dataset.catalog)
+    for stage in ("stage1", "stage2"):
+        samples, texts = read_completions(run.completions(stage, "test"))
+        written = HeadInputs.of(dataset, samples, texts)
+        another = written.shuffled(dataset.sample_user[samples], np.random.default_rng(config.seed))
+        drawn, thoughts = read_completions(run.completions(stage, "test_sampled"))
+        expected = {
+            "": ranks_of(head, dataset, samples, written),
+            "_blank": ranks_of(head, dataset, samples, HeadInputs.of(dataset, samples)),
+            "_shuffled": ranks_of(head, dataset, samples, another),
+            "_sampled": ranks_of(head, dataset, drawn, HeadInputs.of(dataset, drawn, thoughts)),
+        }
+        for kind, ranks in expected.items():
+            assert table_of(trained, f"rporec_{stage}{kind}") == ranks
+        assert len({str(sorted(ranks.items())) for ranks in expected.values()}) == 4, (
+            "the texts make no difference here"
+        )
+
+
+def test_the_control_of_more_warmup_is_ranked_by_its_own_head_and_by_the_one_rl_had(
+    trained: Watched, tmp_path: Path
+) -> None:
+    """On a copy, with another head and the text after RL in the places of the control's."""
+    shutil.copytree(trained.folder, tmp_path / "run", ignore=shutil.ignore_patterns("ray", "checkpoints"))
+    run = Run.open(tmp_path / "run")
+    recipe = load_recipe(run, run.config())
+    shutil.copytree(run.head("refreshed/history"), run.head("more_warmup/head"))
+    shutil.copytree(run.completions("stage2", "test"), run.completions("more_warmup", "test"))
+    frozen, own = (RecHead.load(run.head(name), recipe.dataset.catalog) for name in ("head", "more_warmup/head"))
+    samples, texts = read_completions(run.completions("stage2", "test"))
+    inputs = HeadInputs.of(recipe.dataset, samples, texts)
+    rows = {one.name: one for one in methods(recipe, run, baseline_store(run, run.config()), True)}
+    of = {"rporec_stage1_moresft": own, "rporec_stage1_moresft_frozen": frozen}
+    assert of.keys() == {name for name in rows if "moresft" in name}
+    for name, head in of.items():
+        np.testing.assert_array_equal(rows[name].samples, samples)
+        everything = np.arange(len(samples))
+        np.testing.assert_array_equal(rows[name].scores(everything), head.scores(inputs).numpy())
+
+
+def ranks_of(head: RecHead, dataset: Dataset, samples: np.ndarray, inputs: HeadInputs) -> dict[int, list[float]]:
+    """By sample, of the convention `all`; several where it comes several times."""
+    found: dict[int, list[float]] = {}
+    places = all_ranks(head.scores(inputs).numpy(), dataset.targets(samples), None)
+    for sample, rank in zip(samples.tolist(), places.tolist(), strict=True):
+        found[sample] = sorted([*found.get(sample, []), rank])
+    return found
+
+
+def table_of(trained: Watched, method: str) -> dict[int, list[float]]:
+    """The same, as `ranks.parquet` has it."""
+    ranks = pq.read_table(trained.folder / "ranks.parquet").to_pandas()
+    rows = ranks[(ranks.method == method) & (ranks.convention == "all")]
+    return {sample: sorted(found) for sample, found in rows.groupby("sample")["rank"].apply(list).items()}
 
 
 def test_tensorboard_finds_the_steps(trained: Watched) -> None:
