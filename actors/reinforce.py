@@ -76,7 +76,14 @@ def reinforce(job: Job) -> None:
         status = run.status()
         notes |= {key: status[key] for key in ("groups", "best", "cpu_seconds")}
         notes["validation"] = {record["version"]: record["ndcg@10"] for record in read_lines(run.validation)}
-        notes["reward"] = [record["reward_mean"] for record in read_lines(run.steps)]
+        steps = read_lines(run.steps)
+        notes |= {
+            "reward": [one["reward_mean"] for one in steps],
+            "advantage_share": [one["advantage_share"] for one in steps],
+        }
+        notes["reward_parts"] = {
+            name: [one["reward_parts"][name] for one in steps] for name in steps[-1]["reward_parts"]
+        }
 
 
 def _train(job: Job, controller: Any) -> None:

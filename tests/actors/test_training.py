@@ -52,7 +52,11 @@ def test_a_training_leaves_what_the_contract_names(trained: Watched) -> None:
     assert stages["stage2"]["validation"].keys() == {
         str(one["version"]) for one in read_lines(trained.folder / "validation.jsonl")
     }
-    assert len(stages["stage2"]["reward"]) == 6
+    steps = read_lines(trained.folder / "steps.jsonl")
+    assert stages["stage2"]["reward"] == [one["reward_mean"] for one in steps]
+    assert stages["stage2"]["advantage_share"] == [one["advantage_share"] for one in steps]
+    assert stages["stage2"]["reward_parts"]["ndcg"] == [one["reward_parts"]["ndcg"] for one in steps]
+    assert stages["stage2"]["reward_parts"].keys() >= {"ndcg", "entropy"}
 
 
 def test_refreshed_heads_have_the_rl_slice_too_and_differ_in_what_their_llm_wrote(trained: Watched) -> None:
