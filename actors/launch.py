@@ -26,7 +26,7 @@ def train(run: Run, config: Config, stages: list[str], address: str | None, cons
         console.print("nothing left to do; every stage that was asked for has finished")
         return
     with on_cluster(run, config, address, console, "rollout", "reward", "learner") as job:
-        if "stage2" in missing:
+        if "stage2" in missing and config.steps:
             _check_gpus(job)
         for name in missing:
             console.rule(name)
