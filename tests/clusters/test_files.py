@@ -326,7 +326,8 @@ def slurm(tmp_path):
 
 
 def test_slurm_starts_roles_on_their_nodes_and_trains_on_the_head(slurm, tmp_path):
-    assert slurm("exit 7").wait(timeout=30) == 7
+    both_nodes_start = 'until [ "$(grep -c "^ray start" calls)" = 2 ]; do sleep 0.05; done'
+    assert slurm(f"{both_nodes_start}; exit 7").wait(timeout=30) == 7
     calls = (tmp_path / "calls").read_text()
     head, workers = sorted(re.findall(r"^ray start .*", calls, re.M), key=lambda call: "--head" not in call)
     assert "--head" in head
