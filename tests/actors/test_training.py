@@ -115,7 +115,7 @@ def test_the_control_of_more_warmup_is_ranked_by_its_own_head_and_by_the_one_rl_
     frozen, own = (RecHead.load(run.head(name), recipe.dataset.catalog) for name in ("head", "more_warmup/head"))
     samples, texts = read_completions(run.completions("stage2", "test"))
     inputs = HeadInputs.of(recipe.dataset, samples, texts)
-    rows = {one.name: one for one in methods(recipe, run, baseline_store(run, run.config()), True)}
+    rows = {one.name: one for one in methods(recipe, run, baseline_store(run, run.config(), lambda note: None), True)}
     of = {"rporec_stage1_moresft": own, "rporec_stage1_moresft_frozen": frozen}
     assert of.keys() == {name for name in rows if "moresft" in name}
     for name, head in of.items():
