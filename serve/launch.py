@@ -27,8 +27,6 @@ SERVE_LOGS = "its log is in /tmp/ray/session_latest/logs/serve, on its node"
 
 def serve_run(run: Run, config: Config, host: str, port: int, address: str | None, console: Console) -> None:
     """Deploy, say where, and wait for Ctrl-C; then take the deployments down."""
-    import ray
-
     token = read_token(config.serve)
     if token is None and not is_loopback(host):
         raise ConfigError(
@@ -43,6 +41,8 @@ def serve_run(run: Run, config: Config, host: str, port: int, address: str | Non
         replicas = serving.ingresses.min + serving.reasoners.min + serving.retrievers.min
         if line := awaited({"serve": replicas}):
             say(console, line)
+        import ray  # not before it is joined: on import it reads how its cluster authenticates
+
         needed = engine_ranks(config.engine) * serving.reasoners.min if cluster.cuda else 0
         if (free := ray.available_resources().get("GPU", 0)) < needed:  # a training here holds what it has to its end
             say(console, f"waits for GPUs: {free:g} of {needed} free")
